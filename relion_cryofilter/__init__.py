@@ -1,0 +1,55 @@
+"""Score cryo-EM particle images and sort good particles from junk, inside RELION or without.
+
+>>> from relion_cryofilter import ScoreOptions, score
+>>> score(ScoreOptions(in_parts="particles.star", o="External/job012/"))  # doctest: +SKIP
+
+Names are loaded when they are first used, so ``--help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relion_cryofilter.commands import convert, score
+    from relion_cryofilter.data.particles import ParticleSet, read_particles
+    from relion_cryofilter.errors import CryoFilterError
+    from relion_cryofilter.nn.checkpoint import Model, load_model
+    from relion_cryofilter.nn.scoring import Scores, score_particles
+    from relion_cryofilter.options import ConvertOptions, ScoreOptions
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ConvertOptions": "options",
+    "CryoFilterError": "errors",
+    "Model": "nn.checkpoint",
+    "ParticleSet": "data.particles",
+    "ScoreOptions": "options",
+    "Scores": "nn.scoring",
+    "convert": "commands",
+    "load_model": "nn.checkpoint",
+    "read_particles": "data.particles",
+    "score": "commands",
+    "score_particles": "nn.scoring",
+}
+__all__ = [
+    "ConvertOptions",
+    "CryoFilterError",
+    "Model",
+    "ParticleSet",
+    "ScoreOptions",
+    "Scores",
+    "convert",
+    "load_model",
+    "read_particles",
+    "score",
+    "score_particles",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,227 @@
+"""One grammar for the command line and the External job, made from `options`."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NoReturn
+
+from relion_cryofilter.errors import UsageError
+from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, Options, read_words
+
+PROGRAM = "relion_cryofilter"
+ABOUT = "Score cryo-EM particle images and sort good particles from junk."
+_OPTION = re.compile(r"-{2,4}[A-Za-z]|-h$")
+_LAST = [item.name for item in fields(Options)]
+_METAVARS = {
+    "flag": "[Yes|No]",
+    "integer": "N",
+    "number": "X",
+    "text": "TEXT",
+    "path": "PATH",
+    "paths": "PATH …",
+    "gpu": "[N,…]",
+}
+_ALSO = {"job": "Write a job.star that fills in RELION's External tab."}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes
+    ----------
+    mode
+        A key of `options.MODES`, or ``job``.
+    options
+        The options of that mode.
+    given
+        The words of each option that was given, by name.
+    """
+
+    mode: str
+    options: Options
+    given: dict[str, list[str]]
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows ``--threshold NUMBER`` instead of argparse's ``--threshold [NUMBER ...]``."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return str(action.metavar)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. Try `{self.prog} --help`.")
+
+
+def split_mode(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Find the mode: the first word, the value of ``--mode``, or both.
+
+    Returns
+    -------
+    mode
+        As it was typed, None without any; ``job score`` for ``job --mode score``.
+    rest
+        The other words.
+    """
+    rest = [part for word in words for part in _mode_parts(word)]
+    modes = [rest.pop(0)] if rest and not rest[0].startswith("-") else []
+    while "--mode" in rest:
+        place = rest.index("--mode")
+        value = rest[place + 1 : place + 2]
+        named = value if value and not value[0].startswith("-") else []
+        modes += [word for word in named if word not in modes]
+        del rest[place : place + 1 + len(named)]
+    return " ".join(modes) or None, rest
+
+
+def _mode_parts(word: str) -> list[str]:
+    return word.split("=", 1) if word.startswith("--mode=") else [word]
+
+
+def parse(words: Sequence[str]) -> Request:
+    """Read the words of a command line.
+
+    Raises
+    ------
+    UsageError
+        A mode or an option is unknown, or a value can't be read.
+    """
+    mode, rest = split_mode([_plain(word) for word in words])
+    template, _, inner = (mode or "").partition(" ")
+    if template == "job":
+        request = _parse_mode(inner or "score", rest)
+        return Request("job", request.options, {"mode": [inner or "score"], **request.given})
+    return _parse_mode(mode or "score", rest)
+
+
+def _plain(word: str) -> str:
+    """Turn ``----label`` (a label typed with its dashes into RELION's window) into ``--label``."""
+    return "--" + word.lstrip("-") if _OPTION.match(word) and word != "-h" else word
+
+
+def _parse_mode(mode: str, words: list[str]) -> Request:
+    if mode not in MODES:
+        raise UsageError(f"There is no mode {mode!r}. {_suggest(mode, [*MODES, *_ALSO], '')}")
+    parser, kind = _parser_of(mode), MODES[mode]
+    namespace, unknown = parser.parse_known_args(words)
+    _refuse_unknown(mode, unknown)
+    given = {name: value for name, value in vars(namespace).items() if value is not None}
+    values = {}
+    for item in fields(kind):
+        if item.name in given:
+            value = read_words(item, given[item.name])
+            if value is not None:
+                values[item.name] = value
+    return Request(mode, kind(**values), given)
+
+
+def _parser_of(mode: str) -> _Parser:
+    kind = MODES[mode]
+    parser = _Parser(
+        prog=f"{PROGRAM} {mode}",
+        usage=f"{PROGRAM} {mode} [options]",
+        description=kind.__doc__,
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
+    for item in sorted(fields(kind), key=lambda item: item.name in _LAST):
+        positional = item.metadata.get("positional")
+        parser.add_argument(
+            item.name if positional else f"--{item.name}",
+            nargs="*",
+            help=(item.metadata["help"] + _default_text(item.default)).replace("%", "%%"),
+            metavar=item.name.upper() if positional else _METAVARS[item.metadata["kind"]],
+        )
+    for name in RELION_ONLY:
+        parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def _default_text(default: Any) -> str:
+    return f" Default: {default}." if default not in (None, False, ()) else ""
+
+
+def _refuse_unknown(mode: str, unknown: list[str]) -> None:
+    if not unknown:
+        return
+    word = unknown[0]
+    if not word.startswith("-"):
+        raise UsageError(f"Found {' '.join(unknown)!r} where an option (--name) was expected.")
+    name = word.lstrip("-").partition("=")[0]
+    owners = [other for other, kind in MODES.items() if name in {f.name for f in fields(kind)}]
+    if owners:
+        raise UsageError(f"--{name} is an option of {' and '.join(owners)}, not of {mode}.")
+    known = [item.name for item in fields(MODES[mode])]
+    raise UsageError(f"There is no option --{name} in {mode}. {_suggest(name, known, '--')}")
+
+
+def _suggest(word: str, known: Sequence[str], dashes: str) -> str:
+    nearest = difflib.get_close_matches(word, known, 1, 0.5)
+    if nearest:
+        return f"Did you mean {dashes}{nearest[0]}?"
+    return f"There are {', '.join(dashes + name for name in known)}."
+
+
+def usage() -> str:
+    """Return the text of ``relion_cryofilter --help``."""
+    lines = [f"usage: {PROGRAM} MODE [options]", "", ABOUT, "", "modes:"]
+    about = {name: (kind.__doc__ or "").splitlines()[0] for name, kind in MODES.items()}
+    lines += [f"  {name:<9} {text}" for name, text in {**about, **_ALSO}.items()]
+    jobs = ", ".join(JOB_MODES)
+    lines += ["", f"`{PROGRAM} MODE --help` lists a mode's options. In RELION's External tab the"]
+    lines += [f"mode is a parameter: label mode, value {jobs.replace(', ', ' or ')}."]
+    return "\n".join(lines)
+
+
+def run(words: Sequence[str], abort_requested: Callable[[], bool]) -> tuple[Any, ...]:
+    """Do what the words ask for.
+
+    Returns
+    -------
+    tuple of commands.Output
+        The files that were made and that RELION should know.
+    """
+    if not words or list(words) in (["--help"], ["-h"], ["help"]):
+        print(usage())
+        return ()
+    if list(words) == ["--version"]:
+        from relion_cryofilter import __version__
+
+        print(f"{PROGRAM} {__version__}")
+        return ()
+    request = parse(words)
+    _start_log(request.options)
+    if request.mode == "job":
+        from relion_cryofilter.relion.templates import write_job_files
+
+        write_job_files(request.given)
+        return ()
+    from relion_cryofilter import commands
+
+    return commands.RECIPES[request.mode](request.options, abort_requested)
+
+
+class _LineFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno < logging.WARNING else f"WARNING: {text}"
+
+
+def _start_log(options: Options) -> None:
+    log = logging.getLogger(PROGRAM)
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_LineFormatter("%(message)s"))
+    log.addHandler(handler)
+    log.propagate = False
+    level = logging.DEBUG if options.verbose else logging.INFO
+    log.setLevel(logging.WARNING if options.quiet else level)

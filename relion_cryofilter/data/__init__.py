@@ -1,0 +1,1 @@
+"""What particles are like: STAR text, particle sets, image stacks, simulation."""

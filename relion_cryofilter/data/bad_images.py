@@ -1,0 +1,113 @@
+"""Images that can't be scored: found, counted, named, and either refused or set aside."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from relion_cryofilter.data.particles import ParticleSet
+from relion_cryofilter.data.stacks import StackHeader, read_header
+from relion_cryofilter.errors import ImageError
+from relion_cryofilter.files import write_text
+
+MISSING = "stack can't be read"
+PAST_END = "index past the end of the stack"
+TRUNCATED = "stack is truncated before this image"
+NOT_FINITE = "NaN or infinite values"
+CONSTANT = "blank (all pixels equal)"
+_NAMED = 5
+
+
+class BadImages:
+    """The rows of a particle set whose images can't be used, each with its reason."""
+
+    def __init__(self, particles: ParticleSet) -> None:
+        self._particles = particles
+        self._reasons: dict[int, tuple[str, str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(n_bad,) the bad rows, ascending."""
+        return np.array(sorted(self._reasons), np.int64)
+
+    def add(self, rows: Iterable[int], reason: str, detail: str = "") -> None:
+        """Note that `rows` can't be used; `detail` goes into messages after the first places."""
+        self._reasons.update((int(row), (reason, detail)) for row in rows)
+
+    def summary(self) -> str:
+        """Return counts by reason and the first few places, as one text."""
+        counts = Counter(reason for reason, _ in self._reasons.values())
+        kinds = "; ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+        lines = [f"{len(self):,} of {len(self._particles):,} images can't be used: {kinds}."]
+        for row in self.rows[:_NAMED].tolist():
+            reason, detail = self._reasons[row]
+            image = self._particles.image_name(row)
+            lines.append(f"  {self._particles.place(row)}: {image}: {detail or reason}")
+        if len(self) > _NAMED:
+            lines.append(f"  … and {len(self) - _NAMED:,} more")
+        return "\n".join(lines)
+
+    def refuse(self) -> None:
+        """Raise an ImageError that names the images, if there are any."""
+        if self._reasons:
+            raise ImageError(
+                f"{self.summary()}\nCheck that the stacks belong to this input, or extract them "
+                "again; --skip_bad scores such images 0 and lists them in bad_images.csv."
+            )
+
+    def write_csv(self, path: Path) -> None:
+        """Write `path`: row (0-based), image, reason."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["row", "image", "reason"])
+        for row in self.rows.tolist():
+            reason, detail = self._reasons[row]
+            writer.writerow([row, self._particles.image_name(row), detail or reason])
+        write_text(path, text.getvalue())
+
+
+def check_stacks(particles: ParticleSet) -> tuple[list[StackHeader | None], BadImages]:
+    """Read the header of every stack and find the rows whose image isn't there.
+
+    Returns
+    -------
+    headers
+        One for each of `particles.stacks`; None where it can't be read.
+    bad
+        The rows of missing or unreadable stacks, and those past the end of their stack.
+    """
+    headers: list[StackHeader | None] = []
+    problems: list[str] = []
+    for path in particles.stacks:
+        try:
+            headers.append(read_header(path))
+            problems.append("")
+        except ImageError as error:
+            headers.append(None)
+            problems.append(str(error))
+    bad = BadImages(particles)
+    said = np.array([header.n_images if header else 0 for header in headers], np.int64)
+    held = np.array([header.n_complete if header else 0 for header in headers], np.int64)
+    suspects = np.flatnonzero(particles.index >= held[particles.stack_of]).tolist()
+    for row in suspects:
+        stack = particles.stack_of[row]
+        header = headers[stack]
+        if header is None:
+            bad.add([row], MISSING, problems[stack])
+        elif particles.index[row] >= said[stack]:
+            bad.add([row], PAST_END,
+                    f"{header.path.name} holds {said[stack]} images but image "
+                    f"{particles.index[row] + 1} is asked for")  # fmt: skip
+        else:
+            bad.add([row], TRUNCATED,
+                    f"{header.path.name} is truncated: its header says {said[stack]} images, "
+                    f"the file holds {held[stack]}")  # fmt: skip
+    return headers, bad

@@ -1,0 +1,254 @@
+"""ParticleSet: which image each row of the input names, and what is known about it.
+
+Rows stay in input order for ever: scores, labels and splits refer to them by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from relion_cryofilter.data import star as star_text
+from relion_cryofilter.data.stacks import read_header
+from relion_cryofilter.data.star import Loop, StarFile
+from relion_cryofilter.errors import StarError
+
+PIPELINE_FILE = "default_pipeline.star"
+
+
+@dataclass(frozen=True)
+class OpticsGroup:
+    """One optics group.
+
+    Attributes
+    ----------
+    name
+        The value of rlnOpticsGroup (or of rlnOpticsGroupName) as text.
+    pixel_size_angstrom
+        Å/px of the particle images; None when the file does not say.
+    box_px
+        Box size in pixels as the file says it; None when it does not.
+    """
+
+    name: str
+    pixel_size_angstrom: float | None = None
+    box_px: int | None = None
+
+
+@dataclass(frozen=True)
+class ParticleSet:
+    """Particles in input order and where their images are.
+
+    Attributes
+    ----------
+    source
+        What was read: a STAR file's path, or a description of the stacks.
+    stacks
+        Each stack once, as it can be opened.
+    stack_of
+        (n,) int32, which of `stacks` a row's image is in.
+    index
+        (n,) int64, the image's 0-based place in its stack.
+    micrographs, micrograph_of
+        Micrograph names and (n,) int32 into them. Without rlnMicrographName the stacks stand in.
+    optics, optics_of
+        Optics groups and (n,) int32 into them.
+    star, loop
+        The STAR file and its particle loop; None for plain stacks.
+    """
+
+    source: str
+    stacks: tuple[Path, ...]
+    stack_of: np.ndarray
+    index: np.ndarray
+    micrographs: tuple[str, ...]
+    micrograph_of: np.ndarray
+    optics: tuple[OpticsGroup, ...]
+    optics_of: np.ndarray
+    star: StarFile | None = None
+    loop: Loop | None = None
+
+    def __len__(self) -> int:
+        return len(self.stack_of)
+
+    def image_name(self, row: int) -> str:
+        """Return the image of `row` as RELION writes it, ``000012@path`` (1-based)."""
+        return f"{self.index[row] + 1:06d}@{self.stacks[self.stack_of[row]]}"
+
+    def place(self, row: int) -> str:
+        """Return where `row` stands, for messages: the file's line, or the image."""
+        if self.loop is None:
+            return self.image_name(row)
+        return f"{self.source}, row {row + 1} (line {self.loop.first_line + row})"
+
+
+def parse_image_name(name: str) -> tuple[int, str]:
+    """Split ``000012@path/x.mrcs`` into (11, ``path/x.mrcs``); the one place that knows 1-based.
+
+    A name without ``@`` is a file with one image: index 0. RELION's type suffix (``x.mrc:mrcs``)
+    is taken off.
+
+    Raises
+    ------
+    ValueError
+        The part before ``@`` is not a whole number of at least 1, or there is no path.
+    """
+    number, at, path = name.partition("@")
+    if not at:
+        number, path = "1", name
+    if not number.isdecimal() or int(number) < 1 or not path:
+        raise ValueError(name)
+    stem, colon, suffix = path.rpartition(":")
+    if colon and suffix in ("mrcs", "mrc"):
+        path = stem
+    return int(number) - 1, path
+
+
+def read_particles(path: Path) -> ParticleSet:
+    """Read the particles of a STAR file, streaming.
+
+    Raises
+    ------
+    StarError
+        The file is one that RELION or this program would misread; the message says why.
+    """
+    star = star_text.read_star(path)
+    loop = star_text.particle_loop(star)
+    optics_table = _read_optics(star)
+    groups = optics_table or {"1": OpticsGroup("1", _pixel_size_relion30(star, loop))}
+    has_optics = bool(optics_table) and star_text.OPTICS_GROUP in loop.labels
+    labels = [star_text.IMAGE_NAME, _micrograph_label(loop)]
+    labels += [star_text.OPTICS_GROUP] if has_optics else []
+    stacks, micrographs, groups_seen = _Names(), _Names(), _Names(list(groups))
+    ids = np.empty((loop.n_rows, 3), np.int32)
+    index = np.empty(loop.n_rows, np.int64)
+    for row, (image, micrograph, *group) in enumerate(star_text.columns(star, loop, labels)):
+        index[row], stack = _image(star, loop, row, image)
+        name = micrograph if labels[1] != star_text.IMAGE_NAME else stack
+        ids[row] = (
+            stacks.number(stack),
+            micrographs.number(name),
+            groups_seen.number(group[0]) if has_optics else 0,
+        )
+    _check_groups(star, loop, list(groups), groups_seen.names, ids[:, 2])
+    root = project_root(path, stacks.names[0])
+    return ParticleSet(
+        str(path), tuple(root / name for name in stacks.names), ids[:, 0].copy(), index,
+        tuple(micrographs.names), ids[:, 1].copy(), tuple(groups.values()), ids[:, 2].copy(),
+        star, loop,
+    )  # fmt: skip
+
+
+def particles_of_stacks(paths: Sequence[Path]) -> ParticleSet:
+    """Return every image of plain stacks, in the order given.
+
+    Raises
+    ------
+    ImageError
+        A stack is missing or not an MRC file.
+    """
+    counts = [read_header(path).n_images for path in paths]
+    stack_of = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
+    index = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
+    pixel_size = read_header(paths[0]).pixel_size_angstrom
+    return ParticleSet(
+        " ".join(map(str, paths)), tuple(paths), stack_of, index,
+        tuple(map(str, paths)), stack_of, (OpticsGroup("1", pixel_size),),
+        np.zeros(len(stack_of), np.int32),
+    )  # fmt: skip
+
+
+def project_root(star_path: Path, first_stack: str) -> Path:
+    """Return the folder that image paths are relative to, ``Path()`` for the working directory.
+
+    RELION's rule is the working directory, which is the project. When run from elsewhere: the
+    nearest parent of the STAR file that holds default_pipeline.star, or the STAR file's own
+    folder; the first of these in which the first row's stack exists.
+    """
+    parents = star_path.resolve().parents
+    project = [parent for parent in parents if (parent / PIPELINE_FILE).is_file()][:1]
+    for folder in (Path(), *project, star_path.parent):
+        if (folder / first_stack).is_file():
+            return folder
+    return Path() if not project or Path(PIPELINE_FILE).is_file() else project[0]
+
+
+class _Names:
+    """Gives each name it sees a number, in order of first sight."""
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self._numbers = {name: number for number, name in enumerate(names)}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._numbers)
+
+    def number(self, name: str) -> int:
+        return self._numbers.setdefault(name, len(self._numbers))
+
+
+def _micrograph_label(loop: Loop) -> str:
+    labels = (star_text.MICROGRAPH_NAME, star_text.IMAGE_NAME)
+    return next(label for label in labels if label in loop.labels)
+
+
+def _image(star: StarFile, loop: Loop, row: int, name: str) -> tuple[int, str]:
+    try:
+        return parse_image_name(name)
+    except ValueError:
+        raise StarError(
+            f"{star.path}, line {loop.first_line + row}: the image name is {name!r}; expected "
+            "N@stack.mrcs with N from 1."
+        ) from None
+
+
+def _read_optics(star: StarFile) -> dict[str, OpticsGroup]:
+    """Return the optics groups by their rlnOpticsGroup; empty when the file has no table."""
+    loop = star.loop("optics")
+    if loop is None or star_text.OPTICS_GROUP not in loop.labels:
+        return {}
+    wanted = [star_text.OPTICS_GROUP, "rlnImagePixelSize", "rlnImageSize"]
+    present = [label for label in wanted if label in loop.labels]
+    groups = {}
+    for values in star_text.columns(star, loop, present):
+        row = dict(zip(present, values))
+        name = row[star_text.OPTICS_GROUP]
+        box = _number(row.get("rlnImageSize"))
+        groups[name] = OpticsGroup(
+            name, _number(row.get("rlnImagePixelSize")), int(box) if box else None
+        )
+    return groups
+
+
+def _pixel_size_relion30(star: StarFile, loop: Loop) -> float | None:
+    """Return RELION 3.0's pixel size of the first row: detector pixel (µm) over magnification."""
+    labels = ["rlnDetectorPixelSize", "rlnMagnification"]
+    if not all(label in loop.labels for label in labels):
+        return None
+    detector, magnification = map(_number, next(star_text.columns(star, loop, labels)))
+    return detector * 1e4 / magnification if detector and magnification else None
+
+
+def _number(text: str | None) -> float | None:
+    """Return a positive number, or None for anything else (absent, 0, text)."""
+    try:
+        value = float(text or 0)
+    except ValueError:
+        return None
+    return value if 0 < value < float("inf") else None
+
+
+def _check_groups(
+    star: StarFile, loop: Loop, known: list[str], seen: list[str], group_of: np.ndarray
+) -> None:
+    if len(seen) == len(known):
+        return
+    row = int(np.argmax(group_of >= len(known)))
+    raise StarError(
+        f"{star.path}, line {loop.first_line + row}: optics group {seen[len(known)]} is not in "
+        f"data_optics, which has {', '.join(known)}. Add it there, or make the file again with "
+        "the job that wrote it."
+    )

@@ -1,0 +1,31 @@
+"""The errors that a user can act on.
+
+A message says where, what was found, what was expected and what to do. Everything that is not a
+`CryoFilterError` is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class CryoFilterError(Exception):
+    """A problem with the input or the environment that the user can mend."""
+
+
+class UsageError(CryoFilterError):
+    """An option is unknown, missing or has a value that makes no sense."""
+
+
+class StarError(CryoFilterError):
+    """A STAR file is refused: the message names the file, the line and the cure."""
+
+
+class ImageError(CryoFilterError):
+    """Particle images are missing, truncated, blank or hold NaN."""
+
+
+class ModelError(CryoFilterError):
+    """A model file can't be used."""
+
+
+class Aborted(CryoFilterError):  # noqa: N818 - an event, not a fault
+    """Somebody asked the job to stop ("Abort running" in RELION's window)."""

@@ -1,0 +1,82 @@
+"""Whole progress lines with rate and time left, and the check whether to stop."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from relion_cryofilter.errors import Aborted
+
+log = logging.getLogger("relion_cryofilter")
+
+_FIRST_LINE_S = 2.0
+_MOST_SILENCE_S = 30.0
+
+
+class Progress:
+    """Counts what is done and says so now and then, in lines that read well in run.out.
+
+    The first line comes after two seconds, later ones at ever longer intervals up to half a
+    minute: a long job does not fill run.out, a short one says something.
+
+    Parameters
+    ----------
+    total
+        How many there are to do.
+    what
+        What is counted, e.g. ``particles``.
+    abort_requested
+        Asked at every `step`; when it says True, `step` raises Aborted.
+    """
+
+    def __init__(
+        self, total: int, what: str, abort_requested: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.total, self.what, self.done = total, what, 0
+        self._abort_requested = abort_requested
+        self._start = time.monotonic()
+        self._silence = _FIRST_LINE_S
+        self._next = self._start + self._silence
+
+    def step(self, count: int) -> None:
+        """Note that `count` more are done.
+
+        Raises
+        ------
+        Aborted
+            Somebody asked the job to stop.
+        """
+        self.done += count
+        if self._abort_requested():
+            raise Aborted(f"Stopped on request after {self.done:,} of {self.total:,} {self.what}.")
+        now = time.monotonic()
+        if now >= self._next:
+            self._silence = min(1.5 * self._silence, _MOST_SILENCE_S)
+            self._next = now + self._silence
+            left = (self.total - self.done) * (now - self._start) / max(self.done, 1)
+            log.info(
+                "%s of %s %s (%d %%), %s/s, %s left",
+                f"{self.done:,}", f"{self.total:,}", self.what,
+                100 * self.done // max(self.total, 1), f"{self.rate:,.0f}", duration(left),
+            )  # fmt: skip
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    @property
+    def rate(self) -> float:
+        """Done a second."""
+        return self.done / max(self.seconds, 1e-9)
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in the largest fitting units: ``8 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

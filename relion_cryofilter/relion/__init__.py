@@ -1,0 +1,1 @@
+"""What RELION is like: the External job, its output nodes, its job files."""

@@ -1,0 +1,197 @@
+"""The External-job guard: whatever happens, RELION learns how the job ended.
+
+RELION ignores exit codes; it waits for one of three empty files. So the guard opens before the
+options are parsed or anything heavy is imported, and this module imports the standard library
+only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from relion_cryofilter.errors import Aborted, CryoFilterError, UsageError
+from relion_cryofilter.options import JOB_MODES, MODES
+
+SUCCESS = "RELION_JOB_EXIT_SUCCESS"
+FAILURE = "RELION_JOB_EXIT_FAILURE"
+ABORTED = "RELION_JOB_EXIT_ABORTED"
+ABORT_NOW = "RELION_JOB_ABORT_NOW"
+PIPELINE_FILE = "default_pipeline.star"
+PIPELINE_CHANGED = ".pipeline_has_changed"
+
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)
+
+
+class Terminated(BaseException):
+    """The system asked the process to end (a queue's time limit, a shutdown)."""
+
+
+class JobFolder:
+    """The folder of an External job and the files by which RELION follows it.
+
+    Parameters
+    ----------
+    name
+        The value of ``--o``, project-relative, e.g. ``External/job012/``.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name if name.endswith("/") else f"{name}/"
+        self.path = Path(name)
+
+    def open(self) -> None:
+        """Make the folder where it is missing and remove the exit files of an earlier run."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in (SUCCESS, FAILURE, ABORTED):
+            (self.path / name).unlink(missing_ok=True)
+
+    def abort_requested(self) -> bool:
+        """Tell whether somebody chose "Abort running" in RELION's window."""
+        return (self.path / ABORT_NOW).exists()
+
+    def close(self, outcome: str) -> None:
+        """Leave the exit file `outcome`, and wake up an open RELION 5 window."""
+        if outcome == ABORTED:
+            (self.path / ABORT_NOW).unlink(missing_ok=True)
+        (self.path / outcome).touch()
+        project = self._project()
+        if project is not None:
+            with suppress(OSError):
+                (project / PIPELINE_CHANGED).touch()
+
+    def _project(self) -> Path | None:
+        folders = (Path.cwd(), *self.path.resolve().parents)
+        return next((folder for folder in folders if (folder / PIPELINE_FILE).is_file()), None)
+
+
+def output_folder(words: Sequence[str]) -> JobFolder | None:
+    """Find the job's folder in unparsed words: the value of ``--o``, if it is that of a job.
+
+    ``convert`` writes a file to ``--o`` and ``job`` a template: these are no jobs.
+    """
+    value = None
+    for word, following in zip(words, [*words[1:], ""]):
+        if word.startswith("--") and word.lstrip("-") == "o" and not following.startswith("--"):
+            value = following or value
+        elif word.startswith("--o="):
+            value = word[4:] or value
+    named = words[0] if words and not words[0].startswith("-") else "score"
+    no_job = named == "job" or (named in MODES and named not in JOB_MODES)
+    if value is None or no_job or (Path(value).exists() and not Path(value).is_dir()):
+        return None
+    return JobFolder(value)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (without program name) and tell RELION how it ended.
+
+    Returns
+    -------
+    int
+        Exit code: 0 success, 1 failure, 2 usage error, 3 aborted, 143 terminated.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    folder = output_folder(words)
+    try:
+        if folder is None:
+            _work(words, None)
+            return 0
+        folder.open()
+        with _signals(folder):
+            _work(words, folder)
+    except BaseException as error:
+        return _report(error, folder, verbose="--verbose" in words)
+    return 0
+
+
+def _work(words: list[str], folder: JobFolder | None) -> None:
+    from relion_cryofilter import cli
+
+    if folder is None:
+        cli.run(words, lambda: False)
+        return
+    if folder.abort_requested():
+        raise Aborted("Stopped on request before anything was done.")
+    outputs = cli.run(words, folder.abort_requested)
+    from relion_cryofilter.relion.nodes import Node, write_output_nodes
+
+    nodes = [Node(folder.name + output.file_name, output.kind) for output in outputs]
+    write_output_nodes(folder.path, nodes)
+    folder.close(SUCCESS)
+
+
+def _report(error: BaseException, folder: JobFolder | None, verbose: bool) -> int:
+    """Say what went wrong on stderr (run.err), leave the exit file, return the exit code."""
+    outcome, code = FAILURE, 1
+    if isinstance(error, SystemExit) and folder is None:
+        return int(error.code or 0) if not isinstance(error.code, str) else 1
+    if isinstance(error, Aborted):
+        outcome, code = ABORTED, 3
+        logging.getLogger("relion_cryofilter").info("%s", error)
+    elif isinstance(error, SystemExit):
+        _say("Nothing was done: --help or --version leaves no results.")
+    elif isinstance(error, Terminated | KeyboardInterrupt):
+        code = 143
+        _say(f"Ended by {error or 'the keyboard'} before the job was done. Start it again.")
+    elif isinstance(error, ModuleNotFoundError) and not _is_ours(error):
+        _say(
+            f"This Python ({sys.executable}) has no {error.name}. Install relion_cryofilter with "
+            "its requirements (pip install relion_cryofilter), or name the interpreter of the "
+            "environment that has them: /path/to/env/bin/python external_job.py"
+        )
+    elif isinstance(error, CryoFilterError):
+        code = 2 if isinstance(error, UsageError) else 1
+        _say(str(error))
+    elif isinstance(error, OSError | MemoryError):
+        _say(f"{error or 'out of memory'}. Check the disk, the memory and the permissions.")
+    else:
+        verbose = True
+        _say(f"{type(error).__name__}: {error}. This is a bug in relion_cryofilter; please "
+             "report it with the lines below.")  # fmt: skip
+    if verbose and outcome == FAILURE:
+        traceback.print_exception(error)
+    if folder is not None:
+        folder.close(outcome)
+    return code
+
+
+def _is_ours(error: ModuleNotFoundError) -> bool:
+    return (error.name or "").partition(".")[0] == "relion_cryofilter"
+
+
+def _say(text: str) -> None:
+    sys.stdout.flush()
+    print(f"ERROR: {text}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _signals(folder: JobFolder) -> Iterator[None]:
+    """Turn the system's polite requests to end into `Terminated`; FAILURE is left at once.
+
+    A queue kills for good a few seconds after it has asked, so the exit file can't wait for a
+    batch to end.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if not (folder.path / SUCCESS).exists():
+            os.close(os.open(folder.path / FAILURE, os.O_CREAT | os.O_WRONLY, 0o666))
+        raise Terminated(signal.Signals(number).name)
+
+    before = {}
+    with suppress(ValueError):  # not in the main thread: an application that embeds us decides
+        for number in _SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
