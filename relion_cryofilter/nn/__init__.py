@@ -1,0 +1,1 @@
+"""What the network is like: preprocessing, networks, model files, scoring and training."""

@@ -1,0 +1,269 @@
+"""From raw particle boxes to network input; the recipe is stored with every model.
+
+Both recipes shrink an image X with two small matrix products, ``A_y @ X @ A_x.T``: the separable
+operator of one axis depends only on the number of pixels before and after, so it is made once.
+
+Bad images are found on the small ones, where looking is cheap: an image that holds a NaN or an
+infinity, or that has no contrast, comes out as all NaN and leaves its neighbours alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from relion_cryofilter.errors import ModelError
+
+Matrix = npt.NDArray[np.float64]
+
+NO_CONTRAST = 1e-5
+"""A small image whose std is at most this times its |mean| is blank (rounding makes 1e-7)."""
+
+BLUR_SIGMA_PX = 3.0
+"""The 2020 program blurred every raw box by 3 raw pixels, whatever the box and pixel size."""
+
+
+class Preprocess(Protocol):
+    """A recipe that makes network input of raw boxes."""
+
+    @property
+    def channels(self) -> int:
+        """Maps per image that the recipe makes."""
+
+    @property
+    def dim(self) -> int:
+        """Side of the small image in px."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return small images (n, channels, dim, dim) of raw boxes (n, ny, nx)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `preprocess_from_dict` needs to make this recipe again."""
+
+
+@dataclass(frozen=True)
+class BlurResize:
+    """What the 2020 program did to an image, equal to scikit-image within float32 rounding.
+
+    In order: ``skimage.filters.gaussian(sigma=3)`` on the raw box, ``skimage.transform.resize``
+    with its defaults (bilinear; anti-aliased where it shrinks), and each map to zero mean and
+    unit standard deviation.
+
+    Parameters
+    ----------
+    dim : int
+        Side of the small image in px.
+    roberts : bool
+        Add a second channel: the Roberts cross of the small image, taken before normalisation.
+    """
+
+    name: ClassVar[str] = "blur_resize"
+    dim: int = 28
+    roberts: bool = False
+
+    def __post_init__(self) -> None:
+        _check_dim(self.dim)
+
+    @property
+    def channels(self) -> int:
+        """Two with the Roberts map, else one."""
+        return 2 if self.roberts else 1
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return float32 (n, channels, dim, dim) of boxes (n, ny, nx); bad images are all NaN."""
+        small = _shrink(images, blur_resize_operator, self.dim)
+        maps = [small, roberts_cross(small)] if self.roberts else [small]
+        return _standardise(torch.stack(maps, dim=1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return name and fields, ready for JSON."""
+        return {"name": self.name, "dim": self.dim, "roberts": self.roberts}
+
+
+@dataclass(frozen=True)
+class FourierCrop:
+    """Crop in Fourier space (pad, when the box is smaller), then normalise and clip.
+
+    The small image's grid shares its centre with the raw box, so flips and quarter turns of
+    the small image are exactly the small images of the flipped and turned box.
+
+    Parameters
+    ----------
+    dim : int
+        Side of the small image in px.
+    clip_sigma : float
+        Pixels further than this many standard deviations from the mean are set to that limit.
+    """
+
+    name: ClassVar[str] = "fourier_crop"
+    dim: int = 48
+    clip_sigma: float = 6.0
+
+    def __post_init__(self) -> None:
+        _check_dim(self.dim)
+        if not self.clip_sigma > 0:
+            raise ModelError(f"clip_sigma is {self.clip_sigma}; it must be above 0.")
+
+    @property
+    def channels(self) -> int:
+        """Always one."""
+        return 1
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return float32 (n, 1, dim, dim) of boxes (n, ny, nx); bad images are all NaN."""
+        small = _shrink(images, fourier_crop_operator, self.dim)
+        return _standardise(small.unsqueeze(1)).clamp(-self.clip_sigma, self.clip_sigma)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return name and fields, ready for JSON."""
+        return {"name": self.name, "dim": self.dim, "clip_sigma": float(self.clip_sigma)}
+
+
+RECIPES: dict[str, type[BlurResize] | type[FourierCrop]] = {
+    BlurResize.name: BlurResize,
+    FourierCrop.name: FourierCrop,
+}
+
+
+def preprocess_from_dict(recipe: dict[str, Any]) -> Preprocess:
+    """Make the recipe that `Preprocess.to_dict` wrote down.
+
+    Raises
+    ------
+    ModelError
+        If the name or a field is unknown, or a value makes no sense.
+    """
+    values = dict(recipe)
+    name = values.pop("name", None)
+    kind = RECIPES.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise ModelError(
+            f"Preprocessing {name!r} is unknown; known are {', '.join(sorted(RECIPES))}. "
+            "The model may come from a newer relion_cryofilter."
+        )
+    known = [field.name for field in fields(kind)]
+    for field_name in values:
+        if field_name not in known:
+            raise ModelError(
+                f"Preprocessing {name} has no field {field_name!r}; it has {', '.join(known)}. "
+                "The model may come from a newer relion_cryofilter."
+            )
+    return kind(**values)
+
+
+def d4_views(x: Tensor) -> Iterator[Tensor]:
+    """Yield the eight flips and quarter turns of square maps (..., d, d), the identity first."""
+    for flipped in (x, x.flip(-1)):
+        for quarter_turns in range(4):
+            yield torch.rot90(flipped, quarter_turns, (-2, -1))
+
+
+def roberts_cross(small: Tensor) -> Tensor:
+    """Return the Roberts cross (n, d, d) of images (n, d, d), as ``skimage.filters.roberts``.
+
+    The magnitude of the two diagonal differences over the square root of two; the last row and
+    column are repeated beyond the edge.
+    """
+    padded = torch.nn.functional.pad(small.unsqueeze(1), (0, 1, 0, 1), mode="replicate").squeeze(1)
+    falling = padded[:, 1:, 1:] - padded[:, :-1, :-1]
+    rising = padded[:, 1:, :-1] - padded[:, :-1, 1:]
+    return ((falling.square() + rising.square()) / 2).sqrt()
+
+
+def blur_resize_operator(size: int, dim: int) -> Matrix:
+    """Return the operator (dim, size) of one axis: blur, anti-aliasing blur, bilinear resize.
+
+    Formulas of ``scipy.ndimage.gaussian_filter1d`` and ``zoom(order=1, grid_mode=True)`` as
+    scikit-image 0.26 calls them: kernels cut at four sigma; edges repeated in the first blur
+    and mirrored about the outermost pixels afterwards; anti-aliasing sigma (size / dim - 1) / 2.
+    """
+    last = size - 1
+    blur = _gaussian_matrix(size, BLUR_SIGMA_PX, lambda index: np.clip(index, 0, last))
+    centres = (np.arange(dim) + 0.5) * (size / dim) - 0.5
+    below = np.floor(centres).astype(np.int64)
+    share = centres - below
+    linear = np.zeros((dim, size))
+    np.add.at(linear, (np.arange(dim), _mirror(below, size)), 1 - share)
+    np.add.at(linear, (np.arange(dim), _mirror(below + 1, size)), share)
+    if size > dim:
+        sigma = (size / dim - 1) / 2
+        linear = linear @ _gaussian_matrix(size, sigma, lambda index: _mirror(index, size))
+    return np.asarray(linear @ blur, dtype=np.float64)
+
+
+def fourier_crop_operator(size: int, dim: int) -> Matrix:
+    """Return the real operator (dim, size) that crops or pads one axis in Fourier space.
+
+    Pixel j of a box sits at (j + 1/2) / size of its width, before and after, so the grids share
+    their centre. Waves of up to half the smaller size pass with unit gain; at exactly that
+    Nyquist frequency (even sizes) the two half-waves count half each. Rows sum to one, so the
+    amplitude of low frequencies is kept.
+    """
+    kept = min(size, dim)
+    waves = np.arange(kept // 2 + 1)
+    weights = np.where((waves == 0) | (2 * waves == kept), 1.0, 2.0) / size
+    old = 2 * np.pi * np.outer(waves, (np.arange(size) + 0.5) / size)
+    new = 2 * np.pi * np.outer((np.arange(dim) + 0.5) / dim, waves)
+    operator = (np.cos(new) * weights) @ np.cos(old) + (np.sin(new) * weights) @ np.sin(old)
+    return np.asarray(operator, dtype=np.float64)
+
+
+def _gaussian_matrix(size: int, sigma: float, wrap: Callable[..., Any]) -> Matrix:
+    """Return the (size, size) matrix of a Gaussian blur cut at four sigma; `wrap` maps indices."""
+    radius = int(4 * sigma + 0.5)
+    offsets = np.arange(-radius, radius + 1)
+    weights = np.exp(-0.5 * (offsets / sigma) ** 2)
+    weights /= weights.sum()
+    rows = np.arange(size)[:, None]
+    matrix = np.zeros((size, size))
+    np.add.at(matrix, (rows, wrap(rows + offsets)), weights)
+    return matrix
+
+
+def _mirror(index: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """Map indices beyond an axis back into it, mirrored about the outermost pixels."""
+    period = max(2 * (size - 1), 1)
+    folded = np.mod(index, period)
+    return np.asarray(np.minimum(folded, period - folded) if size > 1 else folded, dtype=np.int64)
+
+
+@lru_cache(maxsize=64)
+def _operator(
+    make: Callable[[int, int], Matrix], size: int, dim: int, device: torch.device
+) -> Tensor:
+    """Return the float32 operator (dim, size) on `device`, made once."""
+    with torch.inference_mode(False):  # a kept inference tensor would spoil later training
+        return torch.from_numpy(make(size, dim)).to(device=device, dtype=torch.float32)
+
+
+def _shrink(images: Tensor, make: Callable[[int, int], Matrix], dim: int) -> Tensor:
+    """Return A_y @ X @ A_x.T, float32 (n, dim, dim), of images X (n, ny, nx)."""
+    if images.ndim != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected (n, ny, nx)")
+    rows = _operator(make, images.shape[1], dim, images.device)
+    columns = _operator(make, images.shape[2], dim, images.device)
+    return torch.matmul(rows, torch.matmul(images.to(torch.float32), columns.t()))
+
+
+def _standardise(maps: Tensor) -> Tensor:
+    """Bring each map of (n, c, d, d) to zero mean, unit std; images with a bad map to all NaN."""
+    mean = maps.mean(dim=(-2, -1), keepdim=True)
+    centred = maps - mean
+    std = centred.square().mean(dim=(-2, -1), keepdim=True).sqrt()
+    good = (std > NO_CONTRAST * mean.abs()) & torch.isfinite(std)
+    whole_image_good = good.all(dim=1, keepdim=True)
+    return torch.where(whole_image_good, centred / std, torch.nan)
+
+
+def _check_dim(dim: int) -> None:
+    if not isinstance(dim, int) or dim < 2:
+        raise ModelError(
+            f"The small image's side is {dim!r} px; it must be a whole number above 1."
+        )

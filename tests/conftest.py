@@ -1,0 +1,39 @@
+"""Fixtures for all tests, and the rules by which tests that need outside things are skipped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import making
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip, visibly, what needs RELION or data that are not part of the project."""
+    if item.get_closest_marker("relion") and shutil.which("relion_refine") is None:
+        if os.environ.get("RELION_REQUIRED"):
+            pytest.fail("RELION is required here but not installed (apt-get install relion)")
+        pytest.skip("needs RELION's programs (Debian: apt-get install relion)")
+    marker = item.get_closest_marker("shared")
+    if marker and not (SHARED / marker.args[0]).exists():
+        pytest.skip(f"needs development data that are not part of the project: {marker.args[0]}")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of development data; tests that use it carry the mark `shared`."""
+    return SHARED
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small RELION project as working directory, with a model in it."""
+    making.write_project(tmp_path)
+    making.tiny_model().save(tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
