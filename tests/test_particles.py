@@ -1,0 +1,99 @@
+"""Which image each row names: RELION's path rules, micrographs, optics groups."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import making
+import numpy as np
+import pytest
+
+from relion_cryofilter.data.particles import parse_image_name, particles_of_stacks, read_particles
+from relion_cryofilter.errors import StarError
+
+HEAD = "data_particles\n\nloop_\n_rlnImageName #1\n"
+
+
+def star(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("000012@a/x.mrcs", (11, "a/x.mrcs")),
+        ("1@x.mrc:mrcs", (0, "x.mrc")),
+        ("7@odd:name.mrcs", (6, "odd:name.mrcs")),
+        ("x.mrc", (0, "x.mrc")),
+    ],
+)
+def test_image_names_are_one_based_outside_and_zero_based_inside(name, place):
+    assert parse_image_name(name) == place
+
+
+@pytest.mark.parametrize("name", ["0@x.mrcs", "x@y.mrcs", "-1@x.mrcs", "1@", "1.5@x.mrcs"])
+def test_an_image_name_that_makes_no_sense_is_refused_with_its_line(tmp_path, name):
+    with pytest.raises(StarError, match=r"line 5: the image name is .*expected N@stack"):
+        read_particles(star(tmp_path / "a.star", HEAD + f"{name}\n"))
+
+
+def test_optics_groups_are_looked_up_row_by_row(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    particles = read_particles(making.write_project(tmp_path, boxes=(32, 64)))
+    mics = [particles.micrographs[number] for number in particles.micrograph_of]
+    boxes = [particles.optics[number].box_px for number in particles.optics_of]
+    pixel_sizes = [particles.optics[number].pixel_size_angstrom for number in particles.optics_of]
+    assert boxes == [32 if mic in ("Mics/mic0.mrc", "Mics/mic2.mrc") else 64 for mic in mics]
+    assert pixel_sizes == [3.0 * 32 / box for box in boxes]
+
+
+def test_optics_may_come_after_the_particles(tmp_path):
+    text = HEAD + "_rlnOpticsGroup #2\n1@a.mrcs 4\n\n"
+    text += "data_optics\n\nloop_\n_rlnOpticsGroup #1\n_rlnImagePixelSize #2\n4 1.25\n"
+    particles = read_particles(star(tmp_path / "a.star", text))
+    assert particles.optics[particles.optics_of[0]].pixel_size_angstrom == 1.25
+
+
+def test_an_optics_group_without_entry_is_refused(tmp_path):
+    text = "data_optics\n\nloop_\n_rlnOpticsGroup #1\n1\n\n" + HEAD
+    path = star(tmp_path / "a.star", text + "_rlnOpticsGroup #2\n1@a.mrcs 1\n2@a.mrcs 3\n")
+    with pytest.raises(StarError, match=r"line 13: optics group 3 is not in data_optics, .* has 1"):
+        read_particles(path)
+
+
+def test_the_pixel_size_of_relion_30_comes_from_the_magnification(tmp_path):
+    text = HEAD + "_rlnMagnification #2\n_rlnDetectorPixelSize #3\n1@a.mrcs 40000 5\n"
+    particles = read_particles(star(tmp_path / "a.star", text))
+    assert particles.optics[0].pixel_size_angstrom == pytest.approx(1.25)
+
+
+def test_without_micrograph_names_the_stacks_stand_in(tmp_path):
+    particles = read_particles(star(tmp_path / "a.star", HEAD + "1@a.mrcs\n1@b.mrcs\n2@a.mrcs\n"))
+    assert particles.micrograph_of.tolist() == [0, 1, 0]
+    assert particles.micrographs == ("a.mrcs", "b.mrcs")
+
+
+def test_paths_are_relative_to_the_project_wherever_one_stands(tmp_path, monkeypatch):
+    path = making.write_project(tmp_path / "project")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert all(stack.is_file() for stack in read_particles(path).stacks)
+    monkeypatch.chdir(tmp_path / "project")
+    assert str(read_particles(path).stacks[0]).startswith("Extract/")
+
+
+def test_a_stack_beside_its_star_file_is_found(tmp_path):
+    making.write_stack(tmp_path / "here" / "a.mrcs", making.blobs(2, 8))
+    particles = read_particles(star(tmp_path / "here" / "a.star", HEAD + "1@a.mrcs\n"))
+    assert particles.stacks[0].is_file()
+
+
+def test_plain_stacks_give_their_images_in_order(tmp_path):
+    for name, n in (("b", 3), ("a", 2)):
+        making.write_stack(tmp_path / f"{name}.mrcs", making.blobs(n, 8))
+    particles = particles_of_stacks([tmp_path / "b.mrcs", tmp_path / "a.mrcs"])
+    assert particles.index.tolist() == [0, 1, 2, 0, 1]
+    assert np.array_equal(particles.stack_of, [0, 0, 0, 1, 1])

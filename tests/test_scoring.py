@@ -1,0 +1,141 @@
+"""Scores belong to their rows, whatever the order, batch size, threads and bad neighbours."""
+
+from __future__ import annotations
+
+import making
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from relion_cryofilter.data.particles import read_particles
+from relion_cryofilter.data.stacks import read_header
+from relion_cryofilter.errors import Aborted, ImageError
+from relion_cryofilter.nn.devices import choose_devices
+from relion_cryofilter.nn.scoring import score_particles
+from relion_cryofilter.progress import Progress
+
+
+def run(path, model, **options):
+    particles = read_particles(path)
+    return score_particles(particles, model, Progress(len(particles), "particles"), **options)
+
+
+def one_by_one(path, model, tta=False):
+    """Score each image alone, read without our reader."""
+    particles = read_particles(path)
+    values = []
+    for stack, index in zip(particles.stack_of, particles.index):
+        header = read_header(particles.stacks[stack])
+        image = np.fromfile(header.path, "<f4", offset=1024).reshape(-1, header.ny, header.nx)
+        small = model.preprocess(torch.from_numpy(image[index][None]))
+        values.append(float(model.probabilities(small, tta)[0]))
+    return np.array(values)
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_scores_equal_those_of_each_image_alone(tmp_path, monkeypatch, tta):
+    monkeypatch.chdir(tmp_path)
+    path = making.write_project(tmp_path, boxes=(32, 48))
+    model = making.tiny_model()
+    expected = one_by_one(path, model, tta)
+    assert expected.std() > 0.01
+    assert np.allclose(run(path, model, tta=tta, threads=2).values, expected, atol=1e-5)
+
+
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(batch_size=st.integers(1, 60), threads=st.integers(1, 4))
+def test_scores_do_not_depend_on_batch_size_and_threads(project, batch_size, threads):
+    path, model = project / "Extract/job001/particles.star", making.tiny_model()
+    first = run(path, model).values
+    assert np.allclose(
+        run(path, model, batch_size=batch_size, threads=threads).values, first, atol=1e-6
+    )
+
+
+def test_scores_follow_the_order_of_the_rows(project):
+    path, model = project / "Extract/job001/particles.star", making.tiny_model()
+    lines = path.read_text().splitlines(keepends=True)
+    first = next(i for i, line in enumerate(lines) if "@" in line)
+    n = sum("@" in line for line in lines)
+    order = np.random.default_rng(0).permutation(n)
+    shuffled = lines[:first] + [lines[first + i] for i in order] + lines[first + n :]
+    (project / "shuffled.star").write_text("".join(shuffled))
+    assert np.allclose(
+        run(project / "shuffled.star", model).values, run(path, model).values[order], atol=1e-6
+    )
+
+
+def test_features_are_one_row_a_particle_in_input_order(project):
+    path, model = project / "Extract/job001/particles.star", making.tiny_model()
+    run(path, model, features_path=project / "f.npy", threads=2, batch_size=5)
+    features = np.load(project / "f.npy")
+    particles = read_particles(path)
+    logits = features @ model.network.head.weight.detach().numpy()[0]
+    logits += model.network.head.bias.item()
+    assert features.shape == (len(particles), model.network.feature_count)
+    assert np.allclose(1 / (1 + np.exp(-logits)), run(path, model).values, atol=1e-5)
+
+
+def spoil(project):
+    """Make one image NaN, one constant, one infinite; return their image names."""
+    stack = project / "Extract/job001/Mics/mic1.mrcs"
+    data = np.fromfile(stack, "<f4", offset=1024).reshape(-1, 32, 32)
+    data[2, 5, 5], data[3], data[4, 0, 0] = np.nan, 7.0, np.inf
+    stack.write_bytes(stack.read_bytes()[:1024] + data.tobytes())
+    return [f"{i:06d}@Extract/job001/Mics/mic1.mrcs" for i in (3, 4, 5)]
+
+
+def test_nan_and_blank_images_fail_the_job_with_their_names(project):
+    names = spoil(project)
+    with pytest.raises(ImageError) as caught:
+        run(project / "Extract/job001/particles.star", making.tiny_model())
+    assert "3 of 48 images can't be used: 2 NaN or infinite values; 1 blank" in str(caught.value)
+    assert all(name in str(caught.value) for name in names)
+
+
+def test_skip_bad_scores_them_zero_and_leaves_the_others_alone(project):
+    path, model = project / "Extract/job001/particles.star", making.tiny_model()
+    before = run(path, model).values
+    names = spoil(project)
+    scores = run(path, model, skip_bad=True, features_path=project / "f.npy")
+    particles = read_particles(path)
+    assert [particles.image_name(row) for row in scores.bad.rows] == sorted(
+        names, key=[particles.image_name(row) for row in range(48)].index
+    )
+    good = np.setdiff1d(np.arange(48), scores.bad.rows)
+    assert np.all(scores.values[scores.bad.rows] == 0)
+    assert np.allclose(scores.values[good], before[good], atol=1e-6)
+    assert np.isnan(np.load(project / "f.npy")[scores.bad.rows]).all()
+
+
+def test_a_missing_stack_fails_before_anything_is_read(project, monkeypatch):
+    (project / "Extract/job001/Mics/mic2.mrcs").unlink()
+    monkeypatch.setattr("relion_cryofilter.nn.scoring.StackReader", None)
+    with pytest.raises(ImageError, match="12 of 48 images can't be used: 12 stack can't be read"):
+        run(project / "Extract/job001/particles.star", making.tiny_model())
+
+
+def test_an_abort_stops_within_a_few_batches(project):
+    particles = read_particles(project / "Extract/job001/particles.star")
+    asked = iter([False, True])
+    progress = Progress(48, "particles", lambda: next(asked))
+    with pytest.raises(Aborted, match="Stopped on request after 4 of 48 particles"):
+        score_particles(particles, making.tiny_model(), progress, batch_size=2)
+    assert progress.done == 4
+
+
+def test_torchs_own_thread_count_comes_back(project):
+    before = torch.get_num_threads()
+    run(project / "Extract/job001/particles.star", making.tiny_model(), threads=2)
+    assert torch.get_num_threads() == before
+
+
+def test_asking_for_a_gpu_that_is_not_there_warns_and_uses_the_processor(caplog, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
+    assert choose_devices([0]) == [torch.device("cpu")]
+    assert "no CUDA GPU" in caplog.text
