@@ -16,7 +16,7 @@ from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, Options, re
 
 PROGRAM = "relion_cryofilter"
 ABOUT = "Score cryo-EM particle images and sort good particles from junk."
-_OPTION = re.compile(r"-{2,4}[A-Za-z]|-h$")
+_OPTION = re.compile(r"-{2,}[A-Za-z]")
 _LAST = [item.name for item in fields(Options)]
 _METAVARS = {
     "flag": "[Yes|No]",
@@ -104,7 +104,7 @@ def parse(words: Sequence[str]) -> Request:
 
 def _plain(word: str) -> str:
     """Turn ``----label`` (a label typed with its dashes into RELION's window) into ``--label``."""
-    return "--" + word.lstrip("-") if _OPTION.match(word) and word != "-h" else word
+    return "--" + word.lstrip("-") if _OPTION.match(word) else word
 
 
 def _parse_mode(mode: str, words: list[str]) -> Request:

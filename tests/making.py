@@ -52,12 +52,14 @@ def blobs(n: int, box: int, seed: int = 0) -> np.ndarray:
 
 
 def tiny_model(seed: int = 0, dim: int = 28, **options: object) -> Model:
-    """Return an untrained small network whose scores differ between images."""
+    """Return an untrained small network whose scores lie on both sides of 0.5."""
     torch.manual_seed(seed)
     network = build_network("straight", f=4, dim=dim)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)
+        small = FourierCrop(dim)(torch.from_numpy(blobs(64, 32)))
+        network.head.bias -= network(small).median()
     return Model(network, FourierCrop(dim), threshold=0.5, **options)  # type: ignore[arg-type]
 
 
@@ -72,6 +74,10 @@ _rlnOpticsGroup #2
 _rlnImagePixelSize #3
 _rlnImageSize #4
 _rlnImageDimensionality #5
+_rlnVoltage #6
+_rlnSphericalAberration #7
+_rlnAmplitudeContrast #8
+_rlnMicrographOriginalPixelSize #9
 {optics}
 
 # version 30001
@@ -83,6 +89,9 @@ _rlnCoordinateX #1
 _rlnImageName #2
 _rlnMicrographName #3
 _rlnOpticsGroup #4
+_rlnDefocusU #5
+_rlnDefocusV #6
+_rlnDefocusAngle #7
 """
 
 
@@ -105,11 +114,12 @@ def write_project(
         write_stack(root / stack, images, mode=mode)
         rows += [
             f"{rng.uniform(0, 4000):12.6f} {image + 1:06d}@{stack} Mics/mic{number}.mrc "
-            f"{group + 1:12d} \n"
+            f"{group + 1:12d} 15000.000000 15000.000000     0.000000 \n"
             for image in range(per_micrograph)
         ]
     optics = "\n".join(
-        f"opticsGroup{i + 1} {i + 1} {3.0 * 32 / box:.6f} {box} 2" for i, box in enumerate(boxes)
+        f"opticsGroup{i + 1} {i + 1} {3.0 * 32 / box:.6f} {box} 2 300 2.7 0.1 1.5"
+        for i, box in enumerate(boxes)
     )
     text = STAR_HEAD.format(optics=optics) + "".join(rng.permutation(rows)) + " \n"
     star = root / "Extract/job001/particles.star"

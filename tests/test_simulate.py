@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: 
     assert first == second
     assert first.keys() == other.keys()
     assert first["Extract/job001/particles.star"] != other["Extract/job001/particles.star"]
-    assert not any(name.endswith(".tmp") for name in first)
+    assert not any(name.endswith(".part") for name in first)
 
 
 def test_labels_and_kinds_come_in_the_numbers_asked_for() -> None:

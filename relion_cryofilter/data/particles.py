@@ -12,11 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.data import star as star_text
+from relion_cryofilter.data.project import find_project
 from relion_cryofilter.data.stacks import read_header
 from relion_cryofilter.data.star import Loop, StarFile
 from relion_cryofilter.errors import StarError
-
-PIPELINE_FILE = "default_pipeline.star"
 
 
 @dataclass(frozen=True)
@@ -168,12 +167,12 @@ def project_root(star_path: Path, first_stack: str) -> Path:
     nearest parent of the STAR file that holds default_pipeline.star, or the STAR file's own
     folder; the first of these in which the first row's stack exists.
     """
-    parents = star_path.resolve().parents
-    project = [parent for parent in parents if (parent / PIPELINE_FILE).is_file()][:1]
-    for folder in (Path(), *project, star_path.parent):
+    project = find_project(star_path.parent)
+    here = Path()
+    for folder in filter(None, (here, project, star_path.parent)):
         if (folder / first_stack).is_file():
             return folder
-    return Path() if not project or Path(PIPELINE_FILE).is_file() else project[0]
+    return here if project is None or find_project(here) == here.resolve() else project
 
 
 class _Names:

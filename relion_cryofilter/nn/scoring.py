@@ -170,9 +170,7 @@ def _faults(images: torch.Tensor, small: torch.Tensor) -> dict[str, list[int]]:
     return faults
 
 
-def _in_flight(
-    worker: _Worker, plans: Iterator[BatchPlan], threads: int
-) -> Iterator[_BatchResult]:
+def _in_flight(worker: _Worker, plans: Iterator[BatchPlan], threads: int) -> Iterator[_BatchResult]:
     """Run `worker` over `plans` in `threads`, at most two batches a thread under way."""
     waiting: deque[Future[_BatchResult]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="score") as pool:

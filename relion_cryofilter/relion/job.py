@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
+from relion_cryofilter.data.project import find_project
 from relion_cryofilter.errors import Aborted, CryoFilterError, UsageError
 from relion_cryofilter.options import JOB_MODES, MODES
 
@@ -24,7 +25,6 @@ SUCCESS = "RELION_JOB_EXIT_SUCCESS"
 FAILURE = "RELION_JOB_EXIT_FAILURE"
 ABORTED = "RELION_JOB_EXIT_ABORTED"
 ABORT_NOW = "RELION_JOB_ABORT_NOW"
-PIPELINE_FILE = "default_pipeline.star"
 PIPELINE_CHANGED = ".pipeline_has_changed"
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)
@@ -62,14 +62,10 @@ class JobFolder:
         if outcome == ABORTED:
             (self.path / ABORT_NOW).unlink(missing_ok=True)
         (self.path / outcome).touch()
-        project = self._project()
+        project = find_project(Path()) or find_project(self.path)
         if project is not None:
             with suppress(OSError):
                 (project / PIPELINE_CHANGED).touch()
-
-    def _project(self) -> Path | None:
-        folders = (Path.cwd(), *self.path.resolve().parents)
-        return next((folder for folder in folders if (folder / PIPELINE_FILE).is_file()), None)
 
 
 def output_folder(words: Sequence[str]) -> JobFolder | None:

@@ -1,0 +1,318 @@
+"""The External-job guard, without RELION: whatever happens, an exit file tells how it ended."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import making
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from relion_cryofilter.data.particles import read_particles
+from relion_cryofilter.data.star import columns
+from relion_cryofilter.relion import job, nodes
+from relion_cryofilter.relion.templates import job_star
+
+SHIM = ROOT / "external_job.py"
+JOB = "External/job002/"
+RESULTS = ["particles.star", "particles_accepted.star", "particles_rejected.star", "scores.csv"]
+
+
+def run(words, python=sys.executable, **options):
+    """Start external_job.py as RELION would, with the words typed into its window."""
+    command = [str(python), str(SHIM), *words.split()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def outcome(folder=JOB):
+    """Return the names of the exit files in the job's folder."""
+    return sorted(path.name.rpartition("_")[2] for path in Path(folder).glob("RELION_JOB_EXIT_*"))
+
+
+def score_words(more=""):
+    return (
+        f"--o {JOB} --in_parts Extract/job001/particles.star --mode score --weights "
+        f"model.safetensors --j 2 {more} --pipeline_control {JOB}"
+    )
+
+
+def test_a_job_leaves_results_nodes_and_success(project):
+    Path(JOB).mkdir(parents=True)
+    done = run(score_words())
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert outcome() == ["SUCCESS"]
+    accepted, rejected, everything = (
+        read_particles(Path(JOB, f"particles{part}.star"))
+        for part in ("_accepted", "_rejected", "")
+    )
+    assert len(accepted) + len(rejected) == len(everything) == 48
+    assert f"{len(accepted)} accepted" in done.stdout
+    assert f"{len(rejected)} rejected" in done.stdout
+    text = Path(JOB, "RELION_OUTPUT_NODES.star").read_text()
+    assert f"{JOB}particles_accepted.star 3 ParticleGroupMetadata.star.relion" in text
+    assert Path(".pipeline_has_changed").exists()
+
+
+def test_scores_in_star_and_csv_agree_and_decide(project):
+    assert job.main(score_words("--threshold 0.3").split()) == 0
+    particles = read_particles(Path(JOB, "particles.star"))
+    label = ["rlnParticleFigureOfMerit"]
+    values = np.array([float(v) for (v,) in columns(particles.star, particles.loop, label)])
+    lines = Path(JOB, "scores.csv").read_text().splitlines()
+    assert lines == [f"{row}, {value:.4f}" for row, value in enumerate(values)]
+    accepted = read_particles(Path(JOB, "particles_accepted.star"))
+    kept = [float(v) for (v,) in columns(accepted.star, accepted.loop, label)]
+    assert kept == [value for value in values if value >= 0.3]
+
+
+def test_nothing_to_accept_is_neither_written_nor_registered(project):
+    assert job.main(score_words("--threshold 0").split()) == 0
+    assert Path(JOB, "particles_accepted.star").exists()
+    done = run(score_words("--threshold 1"))
+    assert done.returncode == 0
+    assert "No particles for particles_accepted.star, so it is not written." in done.stdout
+    assert not Path(JOB, "particles_accepted.star").exists()
+    assert "accepted" not in Path(JOB, "RELION_OUTPUT_NODES.star").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--thresold 0.5", "Did you mean --threshold?"),
+        ("--mode", None),
+        ("--tta perhaps", "--tta is 'perhaps'"),
+        ("--weights nowhere.h5", "nowhere.h5"),
+        ("--model roberts", "--model is roberts, but model.safetensors has straight"),
+        ("--img_dim 64", "--img_dim is 64, but model.safetensors has 28"),
+        ("--score_label rlnMicrographName", "would overwrite RELION's column"),
+        ("--o Extract/job001/", "would overwrite the input"),
+    ],
+)
+def test_a_bad_option_leaves_failure_and_one_sentence(project, more, message):
+    before = {path: path.read_bytes() for path in Path("Extract").rglob("*") if path.is_file()}
+    done = run(score_words(more))
+    folder = "Extract/job001/" if "Extract" in more else JOB
+    if message is None:
+        assert outcome(folder) == ["SUCCESS"]
+        return
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert done.stderr.startswith("ERROR: ")
+    assert "Traceback" not in done.stderr
+    assert outcome(folder) == ["FAILURE"]
+    assert not any(Path(JOB, name).exists() for name in RESULTS)
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_missing_stack_fails_before_anything_is_written(project):
+    Path("Extract/job001/Mics/mic1.mrcs").unlink()
+    done = run(score_words())
+    assert outcome() == ["FAILURE"]
+    assert "12 of 48 images can't be used: 12 stack can't be read" in done.stderr
+    assert not any(Path(JOB, name).exists() for name in RESULTS)
+    assert run(score_words("--skip_bad")).returncode == 0
+    assert outcome() == ["SUCCESS"]
+    assert len(Path(JOB, "bad_images.csv").read_text().splitlines()) == 13
+
+
+def test_a_bug_leaves_failure_and_a_traceback(project, monkeypatch, capsys):
+    def broken(*_):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr("relion_cryofilter.commands.RECIPES", {"score": broken})
+    assert job.main(score_words().split()) == 1
+    error = capsys.readouterr().err
+    assert "This is a bug in relion_cryofilter" in error
+    assert "Traceback" in error
+    assert outcome() == ["FAILURE"]
+
+
+def test_a_python_without_torch_leaves_failure_and_one_sentence(project, tmp_path_factory):
+    bare = tmp_path_factory.mktemp("bare")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
+    Path(JOB).mkdir(parents=True)
+    done = run(score_words(), python=bare / "bin/python", env={"PATH": os.environ["PATH"]})
+    assert outcome() == ["FAILURE"]
+    assert done.stderr.count("ERROR:") == 1
+    assert "has no " in done.stderr
+    assert "pip install relion_cryofilter" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def old_pythons():
+    """Return interpreters older than 3.10: on the PATH, or installed by pyenv."""
+    names = ("python2", "python3.6", "python3.7", "python3.8", "python3.9")
+    found = [shutil.which(name) for name in names]
+    found += Path.home().glob(".pyenv/versions/2.7*/bin/python")
+    found += Path.home().glob(".pyenv/versions/3.[6-9].*/bin/python")
+    works = [
+        p for p in found if p and not subprocess.run([p, "-c", ""], capture_output=True).returncode
+    ]
+    return [str(python) for python in works] or [None]
+
+
+@pytest.mark.parametrize("python", old_pythons())
+def test_an_old_python_leaves_failure_too(project, python):
+    if python is None:
+        pytest.skip("no Python older than 3.10 is installed here")
+    Path(JOB).mkdir(parents=True)
+    done = run(score_words(), python=python)
+    assert "needs Python 3.10 or newer" in done.stderr
+    assert outcome() == ["FAILURE"]
+
+
+def test_the_shim_parses_as_old_python():
+    ast.parse(SHIM.read_text(), feature_version=(3, 4))
+
+
+def test_an_abort_before_the_start_is_honoured_once(project):
+    Path(JOB).mkdir(parents=True)
+    Path(JOB, job.ABORT_NOW).touch()
+    assert job.main(score_words().split()) == 3
+    assert outcome() == ["ABORTED"]
+    assert not any(Path(JOB, name).exists() for name in RESULTS)
+    assert job.main(score_words().split()) == 0
+    assert outcome() == ["SUCCESS"]
+
+
+def long_job(project):
+    """Make 40,000 particles and start a job that takes a while; return it once it scores."""
+    stack = making.blobs(500, 32)
+    for number in range(80):
+        making.write_stack(project / f"Big/{number}.mrcs", stack)
+    rows = [f"{i + 1}@Big/{n}.mrcs\n" for n in range(80) for i in range(500)]
+    (project / "big.star").write_text("data_\nloop_\n_rlnImageName\n" + "".join(rows))
+    words = f"--o {JOB} --in_parts big.star --weights model.safetensors --tta --batch_size 4 --j 1"
+    running = subprocess.Popen(
+        [sys.executable, str(SHIM), *words.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    for line in running.stdout:
+        if b"particles scored (" in line:
+            return running
+    raise AssertionError(running.stderr.read())
+
+
+def test_an_abort_in_mid_run_stops_and_continue_finishes(project):
+    running = long_job(project)
+    Path(JOB, job.ABORT_NOW).touch()
+    start = time.monotonic()
+    out, err = running.communicate(timeout=60)
+    assert time.monotonic() - start < 10
+    assert outcome() == ["ABORTED"]
+    assert b"Stopped on request after" in out
+    assert err == b""
+    assert not any(Path(JOB, name).exists() for name in RESULTS)
+    assert not list(Path(JOB).glob(".*part"))
+    assert job.main(score_words().split()) == 0
+    assert outcome() == ["SUCCESS"]
+
+
+def test_a_queues_sigterm_becomes_failure(project):
+    running = long_job(project)
+    running.send_signal(signal.SIGTERM)
+    _, err = running.communicate(timeout=60)
+    assert running.returncode == 143
+    assert outcome() == ["FAILURE"]
+    assert b"Ended by SIGTERM" in err
+    assert not list(Path(JOB).glob(".*part"))
+
+
+def test_a_rerun_gives_the_same_bytes(project):
+    assert job.main(score_words().split()) == 0
+    first = {name: Path(JOB, name).read_bytes() for name in RESULTS}
+    assert job.main(score_words().split()) == 0
+    assert first == {name: Path(JOB, name).read_bytes() for name in RESULTS}
+
+
+def test_scoring_a_scored_file_overwrites_the_column(project):
+    assert job.main(score_words().split()) == 0
+    words = f"score --o again --in_parts {JOB}particles.star --weights model.safetensors"
+    assert job.main(words.split()) == 0
+    assert Path("again/particles.star").read_bytes() == Path(JOB, "particles.star").read_bytes()
+
+
+def test_plain_stacks_are_scored_as_in_2020(project, capsys):
+    stacks = "Extract/job001/Mics/mic0.mrcs Extract/job001/Mics/mic1.mrcs"
+    words = f"score --mrc {stacks} --out_file out/scores.csv --weights model.safetensors --features"
+    assert job.main(words.split()) == 0
+    lines = Path("out/scores.csv").read_text().splitlines()
+    assert [line.split(", ")[0] for line in lines] == [str(row) for row in range(24)]
+    assert np.load("out/features.npy").shape[0] == 24
+    assert not list(Path("out").glob("RELION*"))
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ("--o External/job012/ --j 1", "External/job012/"),
+        ("score ----o External/job012/", "External/job012/"),
+        ("--mode score --o=out", "out/"),
+        ("convert w.h5 --o model.safetensors", None),
+        ("job --mode score --o job.star", None),
+        ("--in_parts a.star", None),
+        ("--o", None),
+        ("scoer --o External/job012/", "External/job012/"),
+    ],
+)
+def test_the_folder_is_found_in_unparsed_words(words, folder):
+    found = job.output_folder(words.split())
+    assert (found.name if found else None) == folder
+
+
+@pytest.mark.parametrize(
+    ("job_star_text", "version", "label"),
+    [
+        ("# version 30001\n_rlnJobType 99\n", "3.1", "ParticleGroupMetadata.star.relion"),
+        ("# version 30001\n_rlnJobTypeLabel relion.external\n", "4.0", "ParticlesData.star.relion"),
+        (
+            "# version 50001\n_rlnJobTypeLabel relion.external\n",
+            "5.0",
+            "ParticleGroupMetadata.star.relion",
+        ),
+        (None, "5.0", "ParticleGroupMetadata.star.relion"),
+    ],
+)
+def test_nodes_carry_the_label_of_the_relion_that_asks(tmp_path, job_star_text, version, label):
+    if job_star_text:
+        (tmp_path / "job.star").write_text(job_star_text)
+    assert nodes.relion_version(tmp_path) == version
+    nodes.write_output_nodes(tmp_path, [nodes.Node("E/a.star", "particles")])
+    assert f"E/a.star 3 {label}\n" in (tmp_path / "RELION_OUTPUT_NODES.star").read_text()
+    nodes.write_output_nodes(tmp_path, [])
+    assert not (tmp_path / "RELION_OUTPUT_NODES.star").exists()
+
+
+def test_job_writes_templates_with_ten_parameters_and_the_rest_as_arguments(project):
+    more = "--threshold 0.4 --tta --gpu 0,1 --skip_bad --batch_size 64 --model straight --f 4"
+    words = f"job --mode score --in_parts Extract/job001/particles.star --j 4 {more} --img_dim 28"
+    assert job.main([*words.split(), "--score_label", "rlnX", "--weights", "w x.h5"]) == 0
+    text = Path("job.star").read_text()
+    assert Path(".gui_externaljob.star").read_text() == text
+    assert "in_part Extract/job001/particles.star\n" in text
+    assert "param1_label mode\nparam1_value score\n" in text
+    assert re.search(r"param(\d)_label threshold\nparam\1_value 0.4\n", text)
+    assert re.search(r"param(\d)_label tta\nparam\1_value Yes\n", text)
+    assert "nr_threads 4\n" in text
+    assert 'other_args "--' in text
+
+
+def test_a_template_is_checked_like_a_job(project, capsys):
+    assert job.main(["job", "--mode", "score", "--thresold", "1"]) == 2
+    assert "Did you mean --threshold?" in capsys.readouterr().err
+    assert not Path("job.star").exists()
+
+
+def test_a_template_quotes_what_has_spaces():
+    text = job_star({"mode": ["score"], "in_parts": ["my", "file.star"], "tta": []})
+    assert 'in_part "my file.star"\n' in text
+    assert "param2_value Yes\n" in text
