@@ -36,7 +36,7 @@ def run_demo(options: DemoOptions) -> None:
     _make_project(project)
     words = ["score", "--o", JOB, "--in_parts", PARTICLES]
     words += ["--j", str(options.j)] if options.j else []
-    log.info("Running in %s:\n  external_job.py %s\n", project, " ".join(words))
+    log.info("In %s, as RELION would start it: external_job.py %s\n", project, " ".join(words))
     _run_job(words, project)
     _compare(project)
 
@@ -70,9 +70,7 @@ def _compare(project: Path) -> None:
     accepted = project / JOB / "particles_accepted.star"
     if accepted.is_file():
         particles = read_particles(accepted)
-        prefix = f"{project}{os.sep}"
-        names = (particles.image_name(row) for row in range(len(particles)))
-        kept.update(kinds[name.replace(prefix, "")] for name in names)
+        kept.update(kinds[particles.image_name(row)] for row in range(len(particles)))
     log.info("\nAgainst the truth of the simulation, accepted of all:")
     for kind, count in total.most_common():
         log.info("  %-11s %4d of %4d", kind, kept[kind], count)

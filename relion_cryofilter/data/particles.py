@@ -47,6 +47,8 @@ class ParticleSet:
         What was read: a STAR file's path, or a description of the stacks.
     stacks
         Each stack once, as it can be opened.
+    stack_names
+        The same as the input names them.
     stack_of
         (n,) int32, which of `stacks` a row's image is in.
     index
@@ -61,6 +63,7 @@ class ParticleSet:
 
     source: str
     stacks: tuple[Path, ...]
+    stack_names: tuple[str, ...]
     stack_of: np.ndarray
     index: np.ndarray
     micrographs: tuple[str, ...]
@@ -75,7 +78,7 @@ class ParticleSet:
 
     def image_name(self, row: int) -> str:
         """Return the image of `row` as RELION writes it, ``000012@path`` (1-based)."""
-        return f"{self.index[row] + 1:06d}@{self.stacks[self.stack_of[row]]}"
+        return f"{self.index[row] + 1:06d}@{self.stack_names[self.stack_of[row]]}"
 
     def place(self, row: int) -> str:
         """Return where `row` stands, for messages: the file's line, or the image."""
@@ -135,10 +138,18 @@ def read_particles(path: Path) -> ParticleSet:
     _check_groups(star, loop, list(groups), groups_seen.names, ids[:, 2])
     root = project_root(path, stacks.names[0])
     return ParticleSet(
-        str(path), tuple(root / name for name in stacks.names), ids[:, 0].copy(), index,
-        tuple(micrographs.names), ids[:, 1].copy(), tuple(groups.values()), ids[:, 2].copy(),
-        star, loop,
-    )  # fmt: skip
+        source=str(path),
+        stacks=tuple(root / name for name in stacks.names),
+        stack_names=tuple(stacks.names),
+        stack_of=ids[:, 0].copy(),
+        index=index,
+        micrographs=tuple(micrographs.names),
+        micrograph_of=ids[:, 1].copy(),
+        optics=tuple(groups.values()),
+        optics_of=ids[:, 2].copy(),
+        star=star,
+        loop=loop,
+    )
 
 
 def particles_of_stacks(paths: Sequence[Path]) -> ParticleSet:
@@ -153,11 +164,18 @@ def particles_of_stacks(paths: Sequence[Path]) -> ParticleSet:
     stack_of = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
     index = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
     pixel_size = read_header(paths[0]).pixel_size_angstrom
+    names = tuple(map(str, paths))
     return ParticleSet(
-        " ".join(map(str, paths)), tuple(paths), stack_of, index,
-        tuple(map(str, paths)), stack_of, (OpticsGroup("1", pixel_size),),
-        np.zeros(len(stack_of), np.int32),
-    )  # fmt: skip
+        source=" ".join(names),
+        stacks=tuple(paths),
+        stack_names=names,
+        stack_of=stack_of,
+        index=index,
+        micrographs=names,
+        micrograph_of=stack_of,
+        optics=(OpticsGroup("1", pixel_size),),
+        optics_of=np.zeros(len(stack_of), np.int32),
+    )
 
 
 def project_root(star_path: Path, first_stack: str) -> Path:
