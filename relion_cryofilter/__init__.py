@@ -12,7 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from relion_cryofilter.commands import convert, score
+    from relion_cryofilter.commands.convert import convert
+    from relion_cryofilter.commands.score import score
     from relion_cryofilter.data.particles import ParticleSet, read_particles
     from relion_cryofilter.errors import CryoFilterError
     from relion_cryofilter.nn.checkpoint import Model, load_model
@@ -28,10 +29,10 @@ _HOME = {
     "ParticleSet": "data.particles",
     "ScoreOptions": "options",
     "Scores": "nn.scoring",
-    "convert": "commands",
+    "convert": "commands.convert",
     "load_model": "nn.checkpoint",
     "read_particles": "data.particles",
-    "score": "commands",
+    "score": "commands.score",
     "score_particles": "nn.scoring",
 }
 __all__ = [

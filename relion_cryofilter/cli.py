@@ -26,6 +26,8 @@ _METAVARS = {
     "path": "PATH",
     "paths": "PATH …",
     "gpu": "[N,…]",
+    "integers": "N,N,…",
+    "threshold": "REQUEST",
 }
 _ALSO = {"job": "Write a job.star that fills in RELION's External tab."}
 
@@ -206,7 +208,7 @@ def run(words: Sequence[str], abort_requested: Callable[[], bool]) -> tuple[Any,
         return ()
     from relion_cryofilter import commands
 
-    return commands.RECIPES[request.mode](request.options, abort_requested)
+    return commands.run(request.mode, request.options, abort_requested)
 
 
 class _LineFormatter(logging.Formatter):

@@ -13,7 +13,9 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from relion_cryofilter.data.star_labels import SCORE_LABEL
 from relion_cryofilter.errors import UsageError
+from relion_cryofilter.results.thresholds import ThresholdRequest
 
 TRUE_WORDS = ("yes", "true", "1", "on")
 FALSE_WORDS = ("no", "false", "0", "off")
@@ -45,7 +47,9 @@ class Options:
             if item.metadata["kind"] == "path" and value is not None:
                 object.__setattr__(self, item.name, Path(value))
             elif item.metadata["kind"] == "paths":
-                object.__setattr__(self, item.name, tuple(Path(path) for path in value))
+                object.__setattr__(self, item.name, _as_paths(value))
+            elif item.metadata["kind"] == "threshold" and isinstance(value, str | float | int):
+                object.__setattr__(self, item.name, ThresholdRequest.parse(str(value)))
             _check_limits(item, getattr(self, item.name))
 
 
@@ -64,36 +68,117 @@ class JobOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(JobOptions):
-    """Score particles and sort them into accepted and rejected."""
+class ModelOptions(JobOptions):
+    """Which models to use, and how."""
 
-    mrc: tuple[Path, ...] = option("Plain image stacks instead of a STAR file.", "paths", ())
-    out_file: Path | None = option("Where to write scores.csv; in --o if not given.", "path")
-    weights: Path | None = option(
-        "The model (.safetensors, or a Keras .h5 of 2020); the bundled one if not given.", "path"
-    )
-    threshold: float | None = option(
-        "Accept scores of at least this; the model's own threshold if not given.",
-        "number", low=0, high=1,
+    weights: tuple[Path, ...] = option(
+        "Models (.safetensors, or a Keras .h5 of 2020), averaged if several; the bundled one if "
+        "not given.", "paths", (),
+    )  # fmt: skip
+    threshold: ThresholdRequest | None = option(
+        "Accept scores of at least this: 0.6, recall=0.95, precision=0.9, keep=0.6 (a fraction), "
+        "count=50000, or 2020 (0.5); the model's own threshold if not given.", "threshold",
     )  # fmt: skip
     tta: bool = option("Average the scores of the eight flips and rotations.", "flag", False)
-    features: bool = option("Also write features.npy, one row a particle.", "flag", False)
-    score_label: str = option(
-        "Column for the scores. RELION can select and sort only by labels it knows.",
-        "text", "rlnParticleFigureOfMerit",
-    )  # fmt: skip
     skip_bad: bool = option(
-        "Score missing, blank and NaN images 0 and list them in bad_images.csv.", "flag", False
-    )
+        "Go on without missing, blank and NaN images (score: they get 0 and are listed in "
+        "bad_images.csv).", "flag", False,
+    )  # fmt: skip
     batch_size: int | None = option(
         "Images read at a time by each thread; 32 MiB worth if not given.", "integer", low=1
     )
     gpu: str | None = option(
         "GPUs: 0, 0,1, 0:1 or nothing for all of them; cpu or absent for none.", "gpu"
     )
-    model: str | None = option("Network of a Keras .h5 file, to check it.", "text")
-    f: int | None = option("Filters of a Keras .h5 file, to check it.", "integer", low=1)
-    img_dim: int | None = option("Network image size in px, to check the model.", "integer", low=1)
+    model: str | None = option("Network of the models, to check them.", "text")
+    f: int | None = option("Filters of the models, to check them.", "integer", low=1)
+    img_dim: int | None = option("Image size of the models in px, to check them.", "integer", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(ModelOptions):
+    """Score particles and sort them into accepted and rejected."""
+
+    mrc: tuple[Path, ...] = option("Plain image stacks instead of a STAR file.", "paths", ())
+    out_file: Path | None = option("Where to write scores.csv; in --o if not given.", "path")
+    features: bool = option("Also write features.npy, one row a particle.", "flag", False)
+    score_label: str = option(
+        "Column for the scores. RELION can select and sort only by labels it knows.",
+        "text", SCORE_LABEL,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions(Options):
+    """Where labels come from."""
+
+    pos: tuple[Path, ...] = option("STAR files and stacks of good particles.", "paths", ())
+    neg: tuple[Path, ...] = option("STAR files and stacks of bad particles.", "paths", ())
+    pos_classes: tuple[int, ...] = option(
+        "Good classes of --in_parts …_data.star, e.g. 1,4,7.", "integers", ()
+    )
+    neg_classes: tuple[int, ...] = option(
+        "Bad classes; all that are not good if not given.", "integers", ()
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(JobOptions, LabelOptions):
+    """Train a model on a Select job, on classes, or on files of good and bad particles."""
+
+    split: float = option(
+        "Share of the particles to train on, whole micrographs; the rest is halved between "
+        "validation and test.", "number", 0.7, low=0.05, high=0.95,
+    )  # fmt: skip
+    epochs: int = option("Most epochs; training stops early.", "integer", 30, low=1)
+    patience: int = option("Epochs without a better validation AUC.", "integer", 10, low=1)
+    batch_size: int = option("Images a step.", "integer", 64, low=1)
+    learning_rate: float = option("At the start; it falls.", "number", 1e-3, low=1e-8, high=1.0)
+    augmentation: bool = option("Show images flipped and rotated too.", "flag", True)
+    model: str | None = option("Network: straight or roberts.", "text")
+    f: int | None = option("Filters of the network's convolutions. Default: 32.", "integer", low=1)
+    img_dim: int | None = option("Network image size in px. Default: 28.", "integer", low=8)
+    preprocess: str | None = option(
+        "blur_resize (as in 2020) or fourier_crop. Default: blur_resize.", "text"
+    )
+    init: Path | None = option("Model to start from (fine-tuning).", "path")
+    seed: int = option("Of the split, the weights and the order.", "integer", 0, low=0)
+    threshold: ThresholdRequest = option(
+        "Threshold to store in the model, from validation: recall=0.95, precision=0.9, keep=0.6, "
+        "0.6, or 2020 (0.5).", "threshold", ThresholdRequest("recall", 0.95),
+    )  # fmt: skip
+    max_memory: float = option(
+        "GB for the small images; a larger set is read again each epoch.", "number", 8.0, low=0
+    )
+    skip_bad: bool = option("Leave out missing, blank and NaN images.", "flag", False)
+    gpu: str | None = option("Accepted for RELION; training uses the processor.", "gpu")
+    out_dir: Path | None = option("The 2020 name of --o.", "path")
+    weight_dir: Path | None = option("Folder for the model, if not --o.", "path")
+    history_dir: Path | None = option("Folder for history.csv, if not --o.", "path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsOptions(ModelOptions, LabelOptions):
+    """Measure models on labelled particles."""
+
+    split: float | None = option(
+        "Measure only on the test part of a training with this --split and --seed.",
+        "number", low=0.05, high=0.95,
+    )  # fmt: skip
+    seed: int = option("Seed of the split.", "integer", 0, low=0)
+    out_dir: Path | None = option("The 2020 name of --o.", "path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions(JobOptions):
+    """Sort a scored STAR file again, by another threshold; without images."""
+
+    threshold: ThresholdRequest | None = option(
+        "Accept scores of at least this: 0.6, keep=0.6 (a fraction), count=50000, 2020 (0.5); with "
+        "--weights also recall=0.95 and precision=0.9.", "threshold",
+    )  # fmt: skip
+    weights: Path | None = option("The model that scored, for recall and precision.", "path")
+    score_label: str = option("Column of the scores.", "text", SCORE_LABEL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +203,9 @@ class DemoOptions(Options):
 
 MODES: Mapping[str, type[Options]] = {
     "score": ScoreOptions,
+    "train": TrainOptions,
+    "metrics": MetricsOptions,
+    "select": SelectOptions,
     "convert": ConvertOptions,
     "demo": DemoOptions,
 }
@@ -152,7 +240,7 @@ def read_words(item: Field[Any], words: Sequence[str]) -> Any:
     if not text and kind != "flag":
         return ALL_GPUS if kind == "gpu" else None
     try:
-        return _READERS[kind](text) if kind != "paths" else tuple(map(Path, words))
+        return _READERS[kind](text) if kind != "paths" else _as_paths(words)
     except ValueError:
         raise UsageError(
             f"--{item.name} is {text!r}; expected {_EXPECTED[kind]}. {item.metadata['help']}"
@@ -188,13 +276,30 @@ def _read_gpu(text: str) -> str:
     return text
 
 
+def _read_integers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in re.split(r"[,;\s]+", text.strip("\"'")) if word)
+
+
+def _as_paths(value: Any) -> tuple[Path, ...]:
+    if isinstance(value, str | Path):
+        return (Path(value),)
+    return tuple(Path(path) for path in value or ())
+
+
 _READERS: Mapping[str, Callable[[str], Any]] = {
-    "flag": _read_flag, "integer": int, "number": float, "text": str, "path": Path,
+    "flag": _read_flag,
+    "integer": int,
+    "integers": _read_integers,
+    "number": float,
+    "text": str,
+    "path": Path,
     "gpu": _read_gpu,
-}  # fmt: skip
+    "threshold": ThresholdRequest.parse,
+}
 _EXPECTED = {
     "flag": "nothing, Yes or No",
     "integer": "a whole number",
+    "integers": "whole numbers such as 1,4,7",
     "number": "a number",
     "gpu": "GPU numbers such as 0 or 0,1, or cpu",
 }

@@ -19,7 +19,7 @@ from relion_cryofilter.progress import Progress
 
 def run(path, model, **options):
     particles = read_particles(path)
-    return score_particles(particles, model, Progress(len(particles), "particles"), **options)
+    return score_particles(particles, [model], Progress(len(particles), "particles"), **options)
 
 
 def one_by_one(path, model, tta=False):
@@ -114,7 +114,7 @@ def test_skip_bad_scores_them_zero_and_leaves_the_others_alone(project):
 
 def test_a_missing_stack_fails_before_anything_is_read(project, monkeypatch):
     (project / "Extract/job001/Mics/mic2.mrcs").unlink()
-    monkeypatch.setattr("relion_cryofilter.nn.scoring.StackReader", None)
+    monkeypatch.setattr("relion_cryofilter.nn.pipeline.StackReader", None)
     with pytest.raises(ImageError, match="12 of 48 images can't be used: 12 stack can't be read"):
         run(project / "Extract/job001/particles.star", making.tiny_model())
 
@@ -124,7 +124,7 @@ def test_an_abort_stops_within_a_few_batches(project):
     asked = iter([False, True])
     progress = Progress(48, "particles", lambda: next(asked))
     with pytest.raises(Aborted, match="Stopped on request after 4 of 48 particles"):
-        score_particles(particles, making.tiny_model(), progress, batch_size=2)
+        score_particles(particles, [making.tiny_model()], progress, batch_size=2)
     assert progress.done == 4
 
 

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relion_cryofilter.data.star import (
-    SCORE_LABEL,
     columns,
     particle_loop,
     read_star,
     tokens,
     write_scored,
 )
+from relion_cryofilter.data.star_labels import SCORE_LABEL
 from relion_cryofilter.errors import StarError
 
 HEAD = "data_particles\n\nloop_\n_rlnImageName #1\n_rlnVoltage #2\n"

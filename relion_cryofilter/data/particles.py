@@ -5,8 +5,9 @@ Rows stay in input order for ever: scores, labels and splits refer to them by po
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,13 @@ from relion_cryofilter.data import star as star_text
 from relion_cryofilter.data.project import find_project
 from relion_cryofilter.data.stacks import read_header
 from relion_cryofilter.data.star import Loop, StarFile
+from relion_cryofilter.data.star_labels import (
+    IMAGE_NAME,
+    IMAGE_PIXEL_SIZE,
+    IMAGE_SIZE,
+    MICROGRAPH_NAME,
+    OPTICS_GROUP,
+)
 from relion_cryofilter.errors import StarError
 
 
@@ -57,8 +65,10 @@ class ParticleSet:
         Micrograph names and (n,) int32 into them. Without rlnMicrographName the stacks stand in.
     optics, optics_of
         Optics groups and (n,) int32 into them.
+    has_micrographs
+        Whether the input names micrographs.
     star, loop
-        The STAR file and its particle loop; None for plain stacks.
+        The STAR file and its particle loop; None for plain stacks and for parts of sets.
     """
 
     source: str
@@ -70,6 +80,7 @@ class ParticleSet:
     micrograph_of: np.ndarray
     optics: tuple[OpticsGroup, ...]
     optics_of: np.ndarray
+    has_micrographs: bool = False
     star: StarFile | None = None
     loop: Loop | None = None
 
@@ -79,6 +90,18 @@ class ParticleSet:
     def image_name(self, row: int) -> str:
         """Return the image of `row` as RELION writes it, ``000012@path`` (1-based)."""
         return f"{self.index[row] + 1:06d}@{self.stack_names[self.stack_of[row]]}"
+
+    def take(self, rows: np.ndarray) -> ParticleSet:
+        """Return the particles of `rows`, in that order."""
+        return replace(
+            self,
+            stack_of=self.stack_of[rows],
+            index=self.index[rows],
+            micrograph_of=self.micrograph_of[rows],
+            optics_of=self.optics_of[rows],
+            star=None,
+            loop=None,
+        )
 
     def place(self, row: int) -> str:
         """Return where `row` stands, for messages: the file's line, or the image."""
@@ -121,15 +144,15 @@ def read_particles(path: Path) -> ParticleSet:
     loop = star_text.particle_loop(star)
     optics_table = _read_optics(star)
     groups = optics_table or {"1": OpticsGroup("1", _pixel_size_relion30(star, loop))}
-    has_optics = bool(optics_table) and star_text.OPTICS_GROUP in loop.labels
-    labels = [star_text.IMAGE_NAME, _micrograph_label(loop)]
-    labels += [star_text.OPTICS_GROUP] if has_optics else []
+    has_optics = bool(optics_table) and OPTICS_GROUP in loop.labels
+    labels = [IMAGE_NAME, _micrograph_label(loop)]
+    labels += [OPTICS_GROUP] if has_optics else []
     stacks, micrographs, groups_seen = _Names(), _Names(), _Names(list(groups))
     ids = np.empty((loop.n_rows, 3), np.int32)
     index = np.empty(loop.n_rows, np.int64)
     for row, (image, micrograph, *group) in enumerate(star_text.columns(star, loop, labels)):
         index[row], stack = _image(star, loop, row, image)
-        name = micrograph if labels[1] != star_text.IMAGE_NAME else stack
+        name = micrograph if labels[1] != IMAGE_NAME else stack
         ids[row] = (
             stacks.number(stack),
             micrographs.number(name),
@@ -147,6 +170,7 @@ def read_particles(path: Path) -> ParticleSet:
         micrograph_of=ids[:, 1].copy(),
         optics=tuple(groups.values()),
         optics_of=ids[:, 2].copy(),
+        has_micrographs=labels[1] == MICROGRAPH_NAME,
         star=star,
         loop=loop,
     )
@@ -175,6 +199,42 @@ def particles_of_stacks(paths: Sequence[Path]) -> ParticleSet:
         micrograph_of=stack_of,
         optics=(OpticsGroup("1", pixel_size),),
         optics_of=np.zeros(len(stack_of), np.int32),
+    )
+
+
+def concatenate(sets: Sequence[ParticleSet]) -> ParticleSet:
+    """Return the particles of several sets one after the other.
+
+    A stack that several sets name (by whatever path) is one stack; micrographs are told apart by
+    their names, optics groups by their set.
+    """
+    stacks, micrographs = _Names(), _Names()
+    paths: list[tuple[str, Path]] = []
+    parts: list[list[np.ndarray]] = [[], [], [], []]
+    n_optics = 0
+    for item in sets:
+        numbers = [stacks.number(os.path.realpath(path)) for path in item.stacks]
+        for number, pair in zip(numbers, zip(item.stack_names, item.stacks)):
+            if number == len(paths):
+                paths.append(pair)
+        mics = [micrographs.number(name) for name in item.micrographs]
+        parts[0].append(np.array(numbers, np.int32)[item.stack_of])
+        parts[1].append(item.index)
+        parts[2].append(np.array(mics, np.int32)[item.micrograph_of])
+        parts[3].append(item.optics_of + np.int32(n_optics))
+        n_optics += len(item.optics)
+    stack_of, index, micrograph_of, optics_of = (np.concatenate(part) for part in parts)
+    return ParticleSet(
+        source=", ".join(item.source for item in sets),
+        stacks=tuple(path for _, path in paths),
+        stack_names=tuple(name for name, _ in paths),
+        stack_of=stack_of,
+        index=index,
+        micrographs=tuple(micrographs.names),
+        micrograph_of=micrograph_of,
+        optics=tuple(group for item in sets for group in item.optics),
+        optics_of=optics_of,
+        has_micrographs=all(item.has_micrographs for item in sets),
     )
 
 
@@ -208,7 +268,7 @@ class _Names:
 
 
 def _micrograph_label(loop: Loop) -> str:
-    labels = (star_text.MICROGRAPH_NAME, star_text.IMAGE_NAME)
+    labels = (MICROGRAPH_NAME, IMAGE_NAME)
     return next(label for label in labels if label in loop.labels)
 
 
@@ -225,17 +285,17 @@ def _image(star: StarFile, loop: Loop, row: int, name: str) -> tuple[int, str]:
 def _read_optics(star: StarFile) -> dict[str, OpticsGroup]:
     """Return the optics groups by their rlnOpticsGroup; empty when the file has no table."""
     loop = star.loop("optics")
-    if loop is None or star_text.OPTICS_GROUP not in loop.labels:
+    if loop is None or OPTICS_GROUP not in loop.labels:
         return {}
-    wanted = [star_text.OPTICS_GROUP, "rlnImagePixelSize", "rlnImageSize"]
+    wanted = [OPTICS_GROUP, IMAGE_PIXEL_SIZE, IMAGE_SIZE]
     present = [label for label in wanted if label in loop.labels]
     groups = {}
     for values in star_text.columns(star, loop, present):
         row = dict(zip(present, values))
-        name = row[star_text.OPTICS_GROUP]
-        box = _number(row.get("rlnImageSize"))
+        name = row[OPTICS_GROUP]
+        box = _number(row.get(IMAGE_SIZE))
         groups[name] = OpticsGroup(
-            name, _number(row.get("rlnImagePixelSize")), int(box) if box else None
+            name, _number(row.get(IMAGE_PIXEL_SIZE)), int(box) if box else None
         )
     return groups
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,13 +21,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from relion_cryofilter.data.star_labels import IMAGE_DIMENSIONALITY, IMAGE_NAME
 from relion_cryofilter.errors import StarError
 from relion_cryofilter.files import replacing
-
-IMAGE_NAME = "rlnImageName"
-MICROGRAPH_NAME = "rlnMicrographName"
-OPTICS_GROUP = "rlnOpticsGroup"
-SCORE_LABEL = "rlnParticleFigureOfMerit"
 
 _TOKEN = re.compile(
     rb"""(?<!\S)(?:"(?:[^"]|"(?=\S))*"(?=\s|$)|'(?:[^']|'(?=\S))*'(?=\s|$)|\#.*|\S+)""", re.VERBOSE
@@ -248,11 +244,11 @@ def _refuse_tomograms(star: StarFile) -> None:
     if stacks.split()[:1] == ["1"] or any(label in labels for label in _TOMO_LABELS):
         raise StarError(f"{star.path}: holds subtomograms (a tomography file). {cure}")
     optics = star.loop("optics")
-    if optics is None or "rlnImageDimensionality" not in optics.labels:
+    if optics is None or IMAGE_DIMENSIONALITY not in optics.labels:
         return
-    if any(value == "3" for (value,) in columns(star, optics, ["rlnImageDimensionality"])):
+    if any(value == "3" for (value,) in columns(star, optics, [IMAGE_DIMENSIONALITY])):
         raise StarError(
-            f"{star.path}: rlnImageDimensionality is 3 in data_optics, so the images are "
+            f"{star.path}: {IMAGE_DIMENSIONALITY} is 3 in data_optics, so the images are "
             f"volumes. {cure}"
         )
 
@@ -334,29 +330,54 @@ def write_scored(
         For each file to write, a (n_rows,) mask of the rows to keep.
     """
     place = _overwrite(loop.labels.index(label)) if label in loop.labels else _append
+    texts = (b"%.6f" % value for value in values.tolist())
+    scored = map(place, rows(star, loop), texts)
+    _write_rows(
+        star, loop, scored, subsets, b"" if label in loop.labels else _label_line(loop, label)
+    )
+
+
+def write_subsets(star: StarFile, loop: Loop, subsets: Mapping[Path, np.ndarray]) -> None:
+    """Write copies of `star` with some of its particle rows, byte for byte.
+
+    Parameters
+    ----------
+    star, loop
+        The file and its particle loop.
+    subsets
+        For each file to write, a (n_rows,) mask of the rows to keep.
+    """
+    _write_rows(star, loop, rows(star, loop), subsets, b"")
+
+
+def _write_rows(
+    star: StarFile,
+    loop: Loop,
+    lines: Iterable[bytes],
+    subsets: Mapping[Path, np.ndarray],
+    new_label: bytes,
+) -> None:
     masks = [mask.tolist() for mask in subsets.values()]
     with ExitStack() as stack, star.path.open("rb", buffering=1 << 20) as source:
         files = [stack.enter_context(replacing(path)) for path in subsets]
-        head = _head(source, loop, label)
+        head = source.read(loop.labels_end) + new_label
+        head += source.read(loop.rows_start - loop.labels_end)
         for file in files:
             file.write(head)
-        scored = map(place, islice(source, loop.n_rows), (b"%.6f" % v for v in values.tolist()))
-        for row, *keep in zip(scored, *masks):
+        for line, *keep in zip(lines, *masks):
             for file, kept in zip(files, keep):
                 if kept:
-                    file.write(row)
+                    file.write(line)
+        source.seek(loop.rows_end)
         tail = source.read()
         for file in files:
             file.write(tail)
 
 
-def _head(source: BinaryIO, loop: Loop, label: str) -> bytes:
-    """Read `source` up to the first row, the new label put after the last one."""
-    head = source.read(loop.labels_end)
-    if label not in loop.labels:
-        number = f" #{len(loop.labels) + 1}" if loop.numbered else ""
-        head += f"_{label}{number}".encode() + loop.label_tail
-    return head + source.read(loop.rows_start - loop.labels_end)
+def _label_line(loop: Loop, label: str) -> bytes:
+    """Return the line of a new last label, in the layout of the others."""
+    number = f" #{len(loop.labels) + 1}" if loop.numbered else ""
+    return f"_{label}{number}".encode() + loop.label_tail
 
 
 def _append(line: bytes, value: bytes) -> bytes:

@@ -33,7 +33,7 @@ class Network(nn.Module):
     dim: int
     feature_count: int
     kwargs: dict[str, Any]
-    head: nn.Module
+    head: nn.Linear
 
     @property
     def device(self) -> torch.device:

@@ -100,11 +100,14 @@ class FourierCrop:
         Side of the small image in px.
     clip_sigma : float
         Pixels further than this many standard deviations from the mean are set to that limit.
+    roberts : bool
+        Add a second channel: the Roberts cross of the small image, taken before normalisation.
     """
 
     name: ClassVar[str] = "fourier_crop"
     dim: int = 48
     clip_sigma: float = 6.0
+    roberts: bool = False
 
     def __post_init__(self) -> None:
         _check_dim(self.dim)
@@ -113,17 +116,23 @@ class FourierCrop:
 
     @property
     def channels(self) -> int:
-        """Always one."""
-        return 1
+        """Two with the Roberts map, else one."""
+        return 2 if self.roberts else 1
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return float32 (n, 1, dim, dim) of boxes (n, ny, nx); bad images are all NaN."""
+        """Return float32 (n, channels, dim, dim) of boxes (n, ny, nx); bad images are all NaN."""
         small = _shrink(images, fourier_crop_operator, self.dim)
-        return _standardise(small.unsqueeze(1)).clamp(-self.clip_sigma, self.clip_sigma)
+        maps = [small, roberts_cross(small)] if self.roberts else [small]
+        return _standardise(torch.stack(maps, dim=1)).clamp(-self.clip_sigma, self.clip_sigma)
 
     def to_dict(self) -> dict[str, Any]:
         """Return name and fields, ready for JSON."""
-        return {"name": self.name, "dim": self.dim, "clip_sigma": float(self.clip_sigma)}
+        return {
+            "name": self.name,
+            "dim": self.dim,
+            "clip_sigma": float(self.clip_sigma),
+            "roberts": self.roberts,
+        }
 
 
 RECIPES: dict[str, type[BlurResize] | type[FourierCrop]] = {

@@ -1,17 +1,9 @@
-"""Model × images → scores and features, with bounded memory.
-
-Worker threads each read a batch in disk order, make its small images and score them; reading,
-preprocessing and inference of different batches overlap, because file reads and torch's
-operations release the interpreter lock. Results go to the input rows.
-"""
+"""Model × images → scores and features, with bounded memory; results go to the input rows."""
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -20,16 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from relion_cryofilter.data.bad_images import CONSTANT, NOT_FINITE, BadImages, check_stacks
+from relion_cryofilter.data.bad_images import BadImages, check_stacks
 from relion_cryofilter.data.particles import ParticleSet
-from relion_cryofilter.data.stacks import BatchPlan, StackHeader, StackReader, plan_batches
 from relion_cryofilter.files import replacing
 from relion_cryofilter.nn.checkpoint import Model
+from relion_cryofilter.nn.pipeline import find_faults, map_batches
+from relion_cryofilter.nn.preprocess import Preprocess
 from relion_cryofilter.progress import Progress
-
-BATCH_BYTES = 32 * 2**20
-LARGEST_BATCH = 512
-NO_CONTRAST = "no contrast left after down-sampling"
 
 
 @dataclass(frozen=True)
@@ -51,17 +40,9 @@ class Scores:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _BatchResult:
-    rows: np.ndarray
-    scores: np.ndarray
-    features: np.ndarray
-    faults: dict[str, list[int]]
-
-
 def score_particles(
     particles: ParticleSet,
-    model: Model,
+    models: Sequence[Model],
     progress: Progress,
     *,
     threads: int = 1,
@@ -77,20 +58,18 @@ def score_particles(
     ----------
     particles
         n particles.
-    model
-        The model; it brings its preprocessing.
+    models
+        Their scores are averaged; each brings its preprocessing.
     progress
         Told of every batch; may raise Aborted.
-    threads
-        Worker threads, each with one torch thread.
+    threads, batch_size
+        See `pipeline.map_batches`.
     devices
-        Where the networks run; batches are dealt out in turn.
-    batch_size
-        Images a batch; by default what fits into 32 MiB, at most 512.
+        Where the networks run; worker threads are dealt out in turn.
     tta
         Average over the eight flips and rotations.
     features_path
-        Where to write the features, (n, k) float32 .npy; NaN for bad images.
+        Where to write the features of the first model, (n, k) float32 .npy; NaN for bad images.
     skip_bad
         Score bad images 0; otherwise they are an error.
 
@@ -107,16 +86,15 @@ def score_particles(
         bad.refuse()
     values = np.zeros(len(particles))
     rows = np.setdiff1d(np.arange(len(particles)), bad.rows, assume_unique=True)
-    size = batch_size or _fitting_batch(headers)
-    plans = plan_batches(rows, particles.stack_of, particles.index, headers, size)
-    worker = _Worker(model, devices, tta, features_path is not None)
-    with _FeatureFile(features_path, len(particles)) as features, _one_torch_thread():
-        for result in _in_flight(worker, plans, threads):
-            values[result.rows] = result.scores
-            features.write(result.rows, result.features)
+    scorer = _Scorer(models, devices, tta, features_path is not None)
+    batches = map_batches(scorer, particles, rows, headers, threads=threads, batch_size=batch_size)
+    with _FeatureFile(features_path, len(particles)) as features:
+        for batch_rows, result in batches:
+            values[batch_rows] = result.scores
+            features.write(batch_rows, result.features)
             for reason, places in result.faults.items():
-                bad.add(result.rows[places], reason)
-            progress.step(len(result.rows))
+                bad.add(batch_rows[places], reason)
+            progress.step(len(batch_rows))
         values[bad.rows] = 0
         features.blank(bad.rows)
         if not skip_bad:
@@ -124,77 +102,52 @@ def score_particles(
     return Scores(values, bad, progress.seconds)
 
 
-def _fitting_batch(headers: Iterable[StackHeader | None]) -> int:
-    largest = max((header.image_bytes for header in headers if header), default=1)
-    return max(1, min(LARGEST_BATCH, BATCH_BYTES // largest))
+@dataclass(frozen=True)
+class _BatchResult:
+    scores: np.ndarray
+    features: np.ndarray
+    faults: dict[str, list[int]]
 
 
-class _Worker:
-    """Scores one batch; every thread keeps its own reading buffer."""
+class _Scorer:
+    """Scores the images of one batch, on the device of the thread that it runs in."""
 
     def __init__(
-        self, model: Model, devices: Sequence[torch.device], tta: bool, with_features: bool
+        self,
+        models: Sequence[Model],
+        devices: Sequence[torch.device],
+        tta: bool,
+        with_features: bool,
     ) -> None:
-        replicas = [model if device.type == "cpu" else model.to(device) for device in devices]
+        replicas = [
+            models if device.type == "cpu" else [model.to(device) for model in models]
+            for device in devices
+        ]
         self._replicas = cycle(zip(replicas, devices))
         self._tta, self._with_features = tta, with_features
         self._own = threading.local()
 
-    def __call__(self, plan: BatchPlan) -> _BatchResult:
-        if not hasattr(self._own, "reader"):
-            self._own.reader = StackReader()
-            self._own.model, self._own.device = next(self._replicas)
-        model, device = self._own.model, self._own.device
-        images = torch.from_numpy(self._own.reader.read(plan))
+    def __call__(self, images: torch.Tensor) -> _BatchResult:
+        if not hasattr(self._own, "models"):
+            self._own.models, self._own.device = next(self._replicas)
+        models: Sequence[Model] = self._own.models
         with torch.inference_mode():
-            small = model.preprocess(images.to(device).float())
-            faults = _faults(images, small)
-            if self._with_features:
-                scores, features = model.probabilities_and_features(small, self._tta)
-            else:
-                scores, features = model.probabilities(small, self._tta), small[:, 0, 0, :0]
-        return _BatchResult(plan.rows, scores.cpu().numpy(), features.cpu().numpy(), faults)
+            boxes = images.to(self._own.device).float()
+            small: dict[Preprocess, torch.Tensor] = {}
+            for model in models:
+                if model.preprocess not in small:
+                    small[model.preprocess] = model.preprocess(boxes)
+            first = small[models[0].preprocess]
+            scores, features = self._first(models[0], first)
+            for model in models[1:]:
+                scores = scores + model.probabilities(small[model.preprocess], self._tta)
+        faults = find_faults(images, first)
+        return _BatchResult((scores / len(models)).cpu().numpy(), features.cpu().numpy(), faults)
 
-
-def _faults(images: torch.Tensor, small: torch.Tensor) -> dict[str, list[int]]:
-    """Find the images that can't be scored: their small images are NaN (see `preprocess`)."""
-    faults: dict[str, list[int]] = {}
-    blank = torch.isnan(small[:, 0, 0, 0]).nonzero().flatten().tolist()
-    for place in blank:
-        image = images[place].float()
-        if not torch.isfinite(image).all():
-            reason = NOT_FINITE
-        else:
-            reason = CONSTANT if image.min() == image.max() else NO_CONTRAST
-        faults.setdefault(reason, []).append(place)
-    return faults
-
-
-def _in_flight(worker: _Worker, plans: Iterator[BatchPlan], threads: int) -> Iterator[_BatchResult]:
-    """Run `worker` over `plans` in `threads`, at most two batches a thread under way."""
-    waiting: deque[Future[_BatchResult]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="score") as pool:
-        try:
-            for plan in plans:
-                waiting.append(pool.submit(worker, plan))
-                if len(waiting) >= 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Give each worker thread one core: two of those beat one worker with two (measured)."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    def _first(self, model: Model, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._with_features:
+            return model.probabilities_and_features(small, self._tta)
+        return model.probabilities(small, self._tta), small[:, 0, 0, :0]
 
 
 class _FeatureFile:

@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+from relion_cryofilter.commands import Output
 from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.data.simulate import simulate_project
 from relion_cryofilter.errors import CryoFilterError, UsageError
@@ -22,7 +24,9 @@ SEED = 2020
 log = logging.getLogger("relion_cryofilter")
 
 
-def run_demo(options: DemoOptions) -> None:
+def demo(
+    options: DemoOptions, abort_requested: Callable[[], bool] = lambda: False
+) -> tuple[Output, ...]:
     """Make the project where it is missing, run the job in it, and compare with the truth.
 
     Raises
@@ -39,6 +43,7 @@ def run_demo(options: DemoOptions) -> None:
     log.info("In %s, as RELION would start it: external_job.py %s\n", project, " ".join(words))
     _run_job(words, project)
     _compare(project)
+    return ()
 
 
 def _make_project(project: Path) -> None:
@@ -52,7 +57,7 @@ def _make_project(project: Path) -> None:
 
 
 def _run_job(words: list[str], project: Path) -> None:
-    package_home = str(Path(__file__).resolve().parents[1])
+    package_home = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package_home, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "relion_cryofilter", *words],

@@ -1,0 +1,127 @@
+"""Reading the models that a job names, and checking that they fit what it asks for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from relion_cryofilter.data.particles import ParticleSet
+from relion_cryofilter.errors import UsageError
+from relion_cryofilter.nn.checkpoint import Model, load_model
+from relion_cryofilter.options import ModelOptions
+from relion_cryofilter.results.thresholds import (
+    OperatingCurve,
+    ThresholdRequest,
+    choose_threshold,
+)
+
+BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "default.safetensors"
+CURVE = "operating_curve"
+PIXEL_SIZE_TOLERANCE = 0.1
+
+log = logging.getLogger("relion_cryofilter")
+
+
+def read_models(options: ModelOptions) -> list[Model]:
+    """Read the models of ``--weights``, or the bundled one.
+
+    Raises
+    ------
+    UsageError
+        ``--model``, ``--f`` or ``--img_dim`` contradict a model file.
+    """
+    paths = options.weights or (BUNDLED_MODEL,)
+    models = []
+    for path in paths:
+        model = load_model(path)
+        network = model.network
+        found = {"model": network.name, "img_dim": network.dim, "f": network.kwargs.get("f")}
+        for name, value in found.items():
+            asked = getattr(options, name)
+            if asked is not None and asked != value:
+                raise UsageError(
+                    f"--{name} is {asked}, but {path} has {value}. Leave --{name} out: the model "
+                    "file knows."
+                )
+        models.append(model)
+    return models
+
+
+def describe_models(models: Sequence[Model], options: ModelOptions) -> str:
+    """Return the names, networks and hashes of models, for the log."""
+    names = [str(path) for path in options.weights] or ["bundled"]
+    return "; ".join(
+        f"{name} ({model.network.name}, {model.network.dim} px, hash {model.hash})"
+        for name, model in zip(names, models)
+    )
+
+
+def check_pixel_size(models: Sequence[Model], particles: ParticleSet) -> None:
+    """Warn where a model was trained at a pixel size more than 10 % away."""
+    for model in models:
+        trained = model.provenance.get("pixel_sizes_angstrom") or []
+        for group in particles.optics:
+            size = group.pixel_size_angstrom
+            if size is None or not trained:
+                continue
+            nearest = min(trained, key=lambda known: abs(known / size - 1))
+            if abs(nearest / size - 1) > PIXEL_SIZE_TOLERANCE:
+                boxes = ", ".join(map(str, model.provenance.get("boxes_px", [])))
+                log.warning(
+                    "The model (hash %s) was trained at %.3g Å/px (box %s px), but optics group %s "
+                    "has %.3g Å/px. Its scores may be poor: train at this pixel size, or extract "
+                    "with the box and pixel size of the training.",
+                    model.hash, nearest, boxes, group.name, size,
+                )  # fmt: skip
+
+
+def resolve_threshold(
+    request: ThresholdRequest | None, models: Sequence[Model], scores: np.ndarray
+) -> tuple[float, str]:
+    """Turn a request into a threshold.
+
+    Parameters
+    ----------
+    request
+        What the user asked for; None for the models' own thresholds.
+    models
+        Their validation curves answer requests for recall or precision; several are averaged.
+    scores
+        (n,) scores of the set at hand; they answer requests to keep a share or a number.
+
+    Returns
+    -------
+    threshold, reason
+        The reason is for the log.
+    """
+    if request is None:
+        return _mean([model.threshold for model in models]), "the model's own"
+    if request.kind in ("recall", "precision"):
+        curves = [curve_of(model) for model in models]
+        threshold = _mean([curve.threshold(request) for curve in curves])
+        recall = _mean([curve.recall_at(threshold) for curve in curves])
+        precision = _mean([curve.precision_at(threshold) for curve in curves])
+        return threshold, (
+            f"for {request}; on the model's validation particles recall {recall:.3f}, "
+            f"precision {precision:.3f}"
+        )
+    return choose_threshold(request, scores), f"for {request}"
+
+
+def curve_of(model: Model) -> OperatingCurve:
+    """Return the validation curve that `train` stored in a model."""
+    stored = model.provenance.get(CURVE)
+    if stored is None:
+        raise UsageError(
+            f"The model (hash {model.hash}) has no validation curve, so it can't tell recall or "
+            "precision. Train it with this program, or ask for a threshold such as 0.5, keep=0.6 "
+            "or count=50000."
+        )
+    return OperatingCurve.from_dict(stored)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return round(float(np.mean(values)), 6)

@@ -1,0 +1,98 @@
+"""``select``: a scored STAR file in, its two subsets by another threshold out; no images."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from relion_cryofilter.commands import Output
+from relion_cryofilter.commands.subsets import (
+    ACCEPTED,
+    REJECTED,
+    describe_counts,
+    refuse_to_overwrite,
+    write_accepted_and_rejected,
+)
+from relion_cryofilter.data.star import Loop, StarFile, columns, particle_loop, read_star
+from relion_cryofilter.errors import ModelError, StarError, UsageError
+from relion_cryofilter.options import SelectOptions
+from relion_cryofilter.results.thresholds import OperatingCurve, choose_threshold
+
+log = logging.getLogger("relion_cryofilter")
+
+
+def select(
+    options: SelectOptions, abort_requested: Callable[[], bool] = lambda: False
+) -> tuple[Output, ...]:
+    """Sort an already scored STAR file again.
+
+    Raises
+    ------
+    CryoFilterError
+        The file has no scores, or the threshold can't be found.
+    """
+    if options.in_parts is None or options.o is None or options.threshold is None:
+        raise UsageError(
+            "Give --in_parts scored.star, --threshold (0.5, keep=0.6, count=50000 …) and --o DIR/."
+        )
+    refuse_to_overwrite([options.in_parts], [options.o / name for name in (ACCEPTED, REJECTED)])
+    star = read_star(options.in_parts)
+    loop = particle_loop(star)
+    scores = read_scores(star, loop, options.score_label.removeprefix("_"))
+    if options.threshold.kind in ("recall", "precision"):
+        threshold = _stored_curve(options.weights).threshold(options.threshold)
+    else:
+        threshold = choose_threshold(options.threshold, scores)
+    accepted = scores >= threshold
+    options.o.mkdir(parents=True, exist_ok=True)
+    outputs = write_accepted_and_rejected(options.o, star, loop, accepted)
+    log.info("Threshold %g (for %s): %s.", threshold, options.threshold, describe_counts(accepted))
+    log.info("Results are in %s/", options.o)
+    return outputs
+
+
+def read_scores(star: StarFile, loop: Loop, label: str) -> np.ndarray:
+    """Return the scores (n,) in column `label` of a scored STAR file.
+
+    Raises
+    ------
+    StarError
+        The column is missing or holds something that is no number.
+    """
+    if label not in loop.labels:
+        raise StarError(
+            f"{star.path}: has no column {label}. Give the particles.star of a score job, or name "
+            "the column with --score_label."
+        )
+    scores = np.empty(loop.n_rows)
+    for row, (text,) in enumerate(columns(star, loop, [label])):
+        try:
+            scores[row] = float(text)
+        except ValueError:
+            scores[row] = np.nan
+        if np.isnan(scores[row]):
+            raise StarError(
+                f"{star.path}, line {loop.first_line + row}: {label} is {text!r}; expected a number"
+            )
+    return scores
+
+
+def _stored_curve(path: Path | None) -> OperatingCurve:
+    """Read a model's validation curve without torch."""
+    if path is None:
+        raise UsageError("A threshold for recall or precision needs the model: --weights.")
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as file:
+            text = (file.metadata() or {})["relion_cryofilter"]
+        return OperatingCurve.from_dict(json.loads(text)["provenance"]["operating_curve"])
+    except (OSError, KeyError, SafetensorError) as error:
+        raise ModelError(
+            f"{path}: has no validation curve ({error!r}). Give a model made by `train`, or "
+            "ask for a threshold such as 0.5 or keep=0.6."
+        ) from error

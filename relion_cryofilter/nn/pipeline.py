@@ -1,0 +1,116 @@
+"""Images × work → results: threads that read batches in disk order while others compute.
+
+File reads and torch's operations release the interpreter lock, so reading, preprocessing and
+inference of different batches overlap. Memory is bounded by the batches under way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from relion_cryofilter.data.bad_images import CONSTANT, NOT_FINITE
+from relion_cryofilter.data.particles import ParticleSet
+from relion_cryofilter.data.stacks import BatchPlan, StackHeader, StackReader, plan_batches
+
+BATCH_BYTES = 32 * 2**20
+LARGEST_BATCH = 512
+NO_CONTRAST = "no contrast left after down-sampling"
+
+Result = TypeVar("Result")
+
+
+def map_batches(
+    work: Callable[[torch.Tensor], Result],
+    particles: ParticleSet,
+    rows: np.ndarray,
+    headers: Sequence[StackHeader | None],
+    *,
+    threads: int = 1,
+    batch_size: int | None = None,
+) -> Iterator[tuple[np.ndarray, Result]]:
+    """Call `work` on the images of `rows`, batch by batch, in the order of the disk.
+
+    Parameters
+    ----------
+    work
+        Given images (m, ny, nx) as stored (float32, float16, int8 or int16), good during the
+        call only. Runs in several threads.
+    particles, rows, headers
+        The particle set, the rows to read, and the header of each stack.
+    threads
+        Worker threads, each with one torch thread: on a busy machine two of those beat one with
+        two. At most two batches a thread are under way.
+    batch_size
+        Images a batch; by default what fits into 32 MiB, at most 512.
+
+    Yields
+    ------
+    (rows, result)
+        (m,) rows of a batch and what `work` made of it.
+    """
+    size = batch_size or _fitting_batch(headers)
+    plans = plan_batches(rows, particles.stack_of, particles.index, headers, size)
+    own = threading.local()
+
+    def run(plan: BatchPlan) -> tuple[np.ndarray, Result]:
+        if not hasattr(own, "reader"):
+            own.reader = StackReader()
+        return plan.rows, work(torch.from_numpy(own.reader.read(plan)))
+
+    waiting: deque[Future[tuple[np.ndarray, Result]]] = deque()
+    with one_torch_thread(), ThreadPoolExecutor(threads, thread_name_prefix="batch") as pool:
+        try:
+            for plan in plans:
+                waiting.append(pool.submit(run, plan))
+                if len(waiting) >= 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def find_faults(images: torch.Tensor, small: torch.Tensor) -> dict[str, list[int]]:
+    """Find the images that can't be used, by reason: their small images are NaN.
+
+    Parameters
+    ----------
+    images
+        (m, ny, nx) as stored.
+    small
+        (m, c, dim, dim) of them, made by a `preprocess` recipe.
+    """
+    faults: dict[str, list[int]] = {}
+    for place in torch.isnan(small[:, 0, 0, 0]).nonzero().flatten().tolist():
+        image = images[place].float()
+        if not torch.isfinite(image).all():
+            reason = NOT_FINITE
+        else:
+            reason = CONSTANT if image.min() == image.max() else NO_CONTRAST
+        faults.setdefault(reason, []).append(place)
+    return faults
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Let torch use one thread a caller for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fitting_batch(headers: Iterable[StackHeader | None]) -> int:
+    largest = max((header.image_bytes for header in headers if header), default=1)
+    return max(1, min(LARGEST_BATCH, BATCH_BYTES // largest))

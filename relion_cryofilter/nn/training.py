@@ -1,0 +1,285 @@
+"""The training loop: best epoch by validation AUC, resumable bit for bit, calibrated.
+
+Everything random in an epoch comes from the seed and the epoch's number, so an epoch that was
+cut off is done again exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from relion_cryofilter.data.labelled import Split
+from relion_cryofilter.files import replacing
+from relion_cryofilter.nn.networks import Network
+from relion_cryofilter.nn.preprocess import d4_views
+from relion_cryofilter.nn.small_images import SmallImages
+from relion_cryofilter.progress import Progress
+
+CHUNK = 8192
+FINAL_RATE = 0.05
+TEMPERATURES = np.geomspace(0.2, 5.0, 241)
+
+log = logging.getLogger("relion_cryofilter")
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    Attributes
+    ----------
+    epochs
+        Most epochs.
+    patience
+        Stop when validation AUC has not risen for so many epochs.
+    batch_size
+        Images a step.
+    learning_rate
+        At the start; it falls to a twentieth along half a cosine.
+    augmentation
+        Show each image in one of its eight flips and rotations, another each epoch.
+    seed
+        Of weights, order and augmentation.
+    """
+
+    epochs: int = 30
+    patience: int = 10
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    augmentation: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of history.csv."""
+
+    epoch: int
+    train_loss: float
+    train_acc: float
+    val_loss: float
+    val_acc: float
+    val_auc: float
+    learning_rate: float
+    seconds: float
+
+
+class Trainer:
+    """Trains one network on the training part and watches it on the validation part.
+
+    Parameters
+    ----------
+    network
+        Trained in place; after `run` it holds the best epoch's weights.
+    images, labels, split
+        Small images, (n,) bool and the rows of each part.
+    settings
+        How to train.
+    checkpoint
+        File to go on from after a stop, written after every epoch.
+    identity
+        Says what is trained on what; a checkpoint of another identity is not used.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        images: SmallImages,
+        labels: np.ndarray,
+        split: Split,
+        settings: Settings,
+        checkpoint: Path,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.images, self.split, self.settings = images, split, settings
+        self.targets = torch.from_numpy(labels.astype(np.float32))
+        share = labels[split.train].mean()
+        self.weights = torch.where(self.targets > 0, 0.5 / share, 0.5 / (1 - share)).float()
+        self.prior_logit = math.log(share / (1 - share))
+        self.checkpoint = checkpoint
+        self.identity = {**identity, "settings": asdict(settings)}
+        self.optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate)
+        self.history: list[Epoch] = []
+        self.best_state: State = copy.deepcopy(network.state_dict())
+
+    def run(self, progress: Progress) -> list[Epoch]:
+        """Train to the end and put the best epoch's weights into the network.
+
+        The two kinds of particles weigh the same in training, whatever their numbers; the
+        numbers come back as a shift of the last bias, so that scores are probabilities for the
+        mixture that was trained on.
+
+        Returns
+        -------
+        list of Epoch
+            The history, with the epochs before a stop.
+
+        Raises
+        ------
+        Aborted
+            On request, within one step; `checkpoint` has the epochs that were finished.
+        """
+        self._resume()
+        progress.step(len(self.history) * len(self.split.train))
+        while not self._finished():
+            self._epoch(len(self.history) + 1, progress)
+            self._save()
+            log.info(_line(self.history[-1], self.best))
+        self.network.load_state_dict(self.best_state)
+        with torch.no_grad():
+            self.network.head.bias += self.prior_logit
+        return self.history
+
+    @property
+    def best(self) -> Epoch:
+        """The epoch of the highest validation AUC; the first of equals."""
+        return max(self.history, key=lambda epoch: epoch.val_auc)
+
+    def _finished(self) -> bool:
+        done = len(self.history)
+        patience = self.settings.patience
+        return done >= self.settings.epochs or (done > 0 and done - self.best.epoch >= patience)
+
+    def _epoch(self, number: int, progress: Progress) -> None:
+        start, settings = time.monotonic(), self.settings
+        rate = _rate(settings, number)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
+        order = torch.randperm(len(self.split.train), generator=generator).numpy()
+        views = torch.randint(8 if settings.augmentation else 1, (len(order),), generator=generator)
+        self.network.train()
+        total, correct = 0.0, 0
+        for chunk in range(0, len(order), CHUNK):
+            rows = self.split.train[order[chunk : chunk + CHUNK]]
+            small = self.images.get(rows)
+            for begin in range(0, len(rows), settings.batch_size):
+                part = slice(begin, begin + settings.batch_size)
+                batch = turn(small[part], views[chunk:][part])
+                loss, right = self._step(batch, torch.from_numpy(rows[part]))
+                total += loss * len(batch)
+                correct += right
+                progress.step(len(batch))
+        self.network.eval()
+        logits = predict(self.network, self.images, self.split.validation)
+        val_loss, val_acc, val_auc = self._validate(logits)
+        self.history.append(Epoch(
+            number, total / len(order), correct / len(order), val_loss, val_acc, val_auc,
+            rate, time.monotonic() - start,
+        ))  # fmt: skip
+        if self.best.epoch == number:
+            self.best_state = copy.deepcopy(self.network.state_dict())
+
+    def _step(self, batch: Tensor, rows: Tensor) -> tuple[float, int]:
+        targets = self.targets[rows]
+        logits = self.network(batch.contiguous(memory_format=torch.channels_last))
+        loss = binary_cross_entropy_with_logits(logits, targets, self.weights[rows])
+        self.optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+        return loss.item(), int(((logits > 0) == (targets > 0)).sum())
+
+    def _validate(self, logits: Tensor) -> tuple[float, float, float]:
+        rows = torch.from_numpy(self.split.validation)
+        targets = self.targets[rows]
+        loss = binary_cross_entropy_with_logits(logits, targets, self.weights[rows])
+        right = ((logits > 0) == (targets > 0)).float().mean()
+        auc = roc_auc_score(targets.numpy(), logits.numpy())
+        return float(loss), float(right), float(auc)
+
+    def _save(self) -> None:
+        state = {
+            "identity": self.identity,
+            "network": self.network.state_dict(),
+            "best": self.best_state,
+            "optimiser": self.optimiser.state_dict(),
+            "history": [asdict(epoch) for epoch in self.history],
+        }
+        with replacing(self.checkpoint) as file:
+            torch.save(state, file)
+
+    def _resume(self) -> None:
+        if not self.checkpoint.is_file():
+            return
+        try:
+            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            same = state["identity"] == self.identity
+        except Exception as error:  # torch raises many kinds for a damaged file
+            log.warning("%s can't be read (%s); starting anew.", self.checkpoint, error)
+            return
+        if not same:
+            log.info("%s is of another training; starting anew.", self.checkpoint)
+            return
+        self.network.load_state_dict(state["network"])
+        self.best_state = state["best"]
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        log.info("Going on from %s after epoch %d.", self.checkpoint, len(self.history))
+
+
+def turn(images: Tensor, views: Tensor) -> Tensor:
+    """Return images (n, c, d, d), each in the one of its eight D4 views that `views` (n,) names."""
+    turned = torch.empty_like(images)
+    for number, view in enumerate(d4_views(images)):
+        chosen = views == number
+        turned[chosen] = view[chosen]
+    return turned
+
+
+def predict(network: Network, images: SmallImages, rows: np.ndarray) -> Tensor:
+    """Return the logits (len(rows),) of small images."""
+    logits = []
+    with torch.no_grad():
+        for chunk in range(0, len(rows), CHUNK):
+            small = images.get(rows[chunk : chunk + CHUNK])
+            for batch in torch.split(small, 64):
+                logits.append(network(batch.contiguous(memory_format=torch.channels_last)))
+    return torch.cat(logits)
+
+
+def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Return the temperature that makes sigmoid(logit / temperature) most likely.
+
+    Guo et al., "On calibration of modern neural networks", ICML 2017. Searched from 0.2 to 5, so
+    that a small or perfectly separated validation set does not drive it to an extreme.
+    """
+    signed = np.where(labels, logits, -logits)[:, None]
+    losses = np.logaddexp(0, -signed / TEMPERATURES).mean(axis=0)
+    return float(TEMPERATURES[int(losses.argmin())])
+
+
+def noise_images(box_px: int, n: int, seed: int = 0) -> Tensor:
+    """Return (n, box, box) images of white noise, which no filter should accept."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((n, box_px, box_px), generator=generator)
+
+
+def _rate(settings: Settings, number: int) -> float:
+    done = (number - 1) / max(1, settings.epochs)
+    share = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done))
+    return settings.learning_rate * share
+
+
+def _line(epoch: Epoch, best: Epoch) -> str:
+    mark = "  (best)" if best.epoch == epoch.epoch else ""
+    return (
+        f"Epoch {epoch.epoch:3d}: training loss {epoch.train_loss:.4f}, accuracy "
+        f"{epoch.train_acc:.3f}; validation loss {epoch.val_loss:.4f}, AUC {epoch.val_auc:.4f}; "
+        f"{epoch.seconds:.1f} s{mark}"
+    )

@@ -1,0 +1,1 @@
+"""What people look at: thresholds by request, metrics with intervals, figures."""

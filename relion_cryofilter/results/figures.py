@@ -1,0 +1,213 @@
+"""Figures of an evaluation and of a training history, as PNG files.
+
+Matplotlib's objects are used without pyplot: no display, no global state, no figures left open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+from relion_cryofilter.files import replacing
+from relion_cryofilter.results.metrics import Curves, Evaluation
+
+SIZE_INCH = (5.0, 4.0)
+DOTS_PER_INCH = 150
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+"""From the palette of Okabe and Ito (2008), which colour-blind readers can tell apart."""
+GREY = "0.55"
+HISTOGRAM_EDGES = np.linspace(0, 1, 51).tolist()
+
+
+def save_roc(path: Path, curves: Curves, evaluation: Evaluation) -> None:
+    """Draw true against false positive rate, with the AUC and the threshold."""
+    figure, axes = _new_figure()
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")
+    axes.plot(curves.fpr, curves.tpr, color=BLUE, label=f"AUC {evaluation.auc}")
+    at = (1 - evaluation.specificity.value, evaluation.sensitivity.value)
+    _mark_threshold(axes, at, evaluation.threshold)
+    axes.set(xlabel="False positive rate", ylabel="True positive rate (recall)", title="ROC")
+    axes.legend(loc="lower right", fontsize="small")
+    _finish_square(axes, empty=not len(curves.fpr))
+    _save(figure, path)
+
+
+def save_precision_recall(path: Path, curves: Curves, evaluation: Evaluation) -> None:
+    """Draw precision against recall, with the average precision and the threshold."""
+    figure, axes = _new_figure()
+    share = evaluation.n_positive / evaluation.n
+    axes.axhline(share, color=GREY, linestyle=":", label=f"no filter: {share:.3f} good")
+    axes.step(
+        curves.recall, curves.precision, where="post", color=BLUE,
+        label=f"Average precision {evaluation.average_precision}",
+    )  # fmt: skip
+    at = (evaluation.sensitivity.value, evaluation.precision.value)
+    _mark_threshold(axes, at, evaluation.threshold)
+    axes.set(xlabel="Recall", ylabel="Precision", title="Precision and recall")
+    axes.legend(loc="lower left", fontsize="small")
+    _finish_square(axes, empty=not len(curves.recall))
+    _save(figure, path)
+
+
+def save_reliability(path: Path, curves: Curves, evaluation: Evaluation) -> None:
+    """Draw the fraction of good images against the mean score, bin by bin, with the ECE."""
+    figure, axes = _new_figure()
+    axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="calibrated")
+    axes.plot(curves.bin_score, curves.bin_fraction, color=BLUE, label=f"ECE {evaluation.ece}")
+    area = 12 + 120 * curves.bin_count / curves.bin_count.max()
+    axes.scatter(
+        curves.bin_score, curves.bin_fraction, s=area, color=BLUE, zorder=3,
+        label="a bin; area: number of images",
+    )  # fmt: skip
+    axes.set(xlabel="Mean score", ylabel="Fraction of good images", title="Reliability")
+    axes.legend(loc="upper left", fontsize="small")
+    _finish_square(axes)
+    _save(figure, path)
+
+
+def save_confusion_matrix(path: Path, evaluation: Evaluation) -> None:
+    """Draw the confusion matrix: numbers of images, and shares of each true class."""
+    figure, axes = _new_figure()
+    counts = np.array(evaluation.confusion, dtype=float)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), share in np.ndenumerate(shares):
+        axes.text(
+            column, row, f"{counts[row, column]:,.0f}\n{share:.1%}", ha="center", va="center",
+            color="white" if share > 0.5 else "black",
+        )  # fmt: skip
+    axes.set_xticks([0, 1], ["rejected", "accepted"])
+    axes.set_yticks([0, 1], ["bad", "good"])
+    axes.set(
+        xlabel=f"At threshold {evaluation.threshold:g}", ylabel="Label",
+        title=f"Accuracy {evaluation.accuracy}",
+    )  # fmt: skip
+    figure.colorbar(picture, ax=axes, label="Share of the images with this label")
+    _save(figure, path)
+
+
+def save_score_histogram(
+    path: Path, labels: ArrayLike | None, scores: ArrayLike, threshold: float
+) -> None:
+    """Draw how many images have which score, for each class if labels are given.
+
+    Parameters
+    ----------
+    path
+        The PNG file to make.
+    labels
+        (n,) True for good images, or None.
+    scores
+        (n,) 0 to 1.
+    threshold
+        Is marked, with the number of images that reach it.
+    """
+    figure, axes = _new_figure()
+    values = np.asarray(scores)
+    accepted = int(np.count_nonzero(values >= float(threshold)))
+    if labels is None:
+        axes.hist(values, HISTOGRAM_EDGES, color=BLUE, alpha=0.8, label=f"{values.size:,} images")
+    else:
+        good = np.asarray(labels, dtype=bool)
+        for name, chosen, colour in (("good", good, BLUE), ("bad", ~good, ORANGE)):
+            label = f"{np.count_nonzero(chosen):,} {name}"
+            _draw_class(axes, values[chosen], colour, label)
+    axes.axvline(
+        threshold, color=VERMILION, linestyle="--",
+        label=f"threshold {threshold:g}: {accepted:,} accepted",
+    )  # fmt: skip
+    axes.set(xlabel="Score", ylabel="Number of images", title="Scores", xlim=(0, 1))
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def save_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Draw losses, accuracies and AUC of a training run, epoch by epoch, the best one marked.
+
+    Parameters
+    ----------
+    path
+        The PNG file to make.
+    history
+        One row an epoch, at least one: ``epoch``, ``train_loss``, ``train_acc``, ``val_loss``,
+        ``val_acc``, ``val_auc`` and others.
+    """
+    figure = _blank_figure()
+    losses, rates = figure.subplots(2, 1, sharex=True)
+    epochs = _column(history, "epoch")
+    marker = "o" if len(epochs) == 1 else ""
+    for axes, name, label, colour in (
+        (losses, "train_loss", "training", ORANGE),
+        (losses, "val_loss", "validation", BLUE),
+        (rates, "train_acc", "training accuracy", ORANGE),
+        (rates, "val_acc", "validation accuracy", BLUE),
+        (rates, "val_auc", "validation AUC", GREEN),
+    ):
+        axes.plot(epochs, _column(history, name), color=colour, label=label, marker=marker)
+    best = _best_row(history)
+    for axes in (losses, rates):
+        axes.axvline(epochs[best], color=GREY, linestyle="--")
+    auc = _column(history, "val_auc")[best]
+    losses.set(ylabel="Loss", title=f"Best epoch {epochs[best]:.0f}: validation AUC {auc:.3f}")
+    rates.set(xlabel="Epoch", ylabel="Accuracy, AUC")
+    rates.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    for axes in (losses, rates):
+        axes.legend(loc="best", fontsize="small")
+    _save(figure, path)
+
+
+def _column(history: Sequence[Mapping[str, float]], name: str) -> NDArray[np.float64]:
+    return np.array([float(row[name]) for row in history])
+
+
+def _best_row(history: Sequence[Mapping[str, float]]) -> int:
+    """Return the row of the highest validation AUC, of the lowest loss if none is known."""
+    auc = _column(history, "val_auc")
+    if np.isfinite(auc).any():
+        return int(np.nanargmax(auc))
+    return int(np.argmin(_column(history, "val_loss")))
+
+
+def _draw_class(axes: Axes, values: NDArray[np.floating], colour: str, label: str) -> None:
+    """Draw a see-through histogram with a firm outline, so that two can overlap."""
+    axes.hist(values, HISTOGRAM_EDGES, color=colour, alpha=0.35)
+    axes.hist(values, HISTOGRAM_EDGES, color=colour, histtype="step", linewidth=1.5, label=label)
+
+
+def _mark_threshold(axes: Axes, at: tuple[float, float], threshold: float) -> None:
+    if all(isfinite(coordinate) for coordinate in at):
+        axes.plot(
+            *at, color=VERMILION, marker="o", linestyle="", zorder=4,
+            label=f"threshold {threshold:g}",
+        )  # fmt: skip
+
+
+def _finish_square(axes: Axes, empty: bool = False) -> None:
+    """Show 0 to 1 on both axes; say why there is no curve."""
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    if empty:
+        axes.text(0.5, 0.75, "undefined: one class only", ha="center", va="center")
+
+
+def _blank_figure() -> Figure:
+    figure = Figure(figsize=SIZE_INCH, dpi=DOTS_PER_INCH, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _new_figure() -> tuple[Figure, Axes]:
+    figure = _blank_figure()
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=DOTS_PER_INCH)

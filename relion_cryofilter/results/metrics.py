@@ -1,0 +1,404 @@
+"""How well scores tell good particles from bad ones, with honest intervals.
+
+Particles of one micrograph share its ice, defocus and contamination: they are not independent. The
+intervals come from a bootstrap that draws whole micrographs [1]_. To draw a micrograph twice is to
+give its images the weight two, so no image is copied. The plain percentiles of few micrographs are
+too narrow; they are expanded as in Student's t [2]_ (with 12 micrographs: 1.1 and 98.9 % instead of
+2.5 and 97.5 %).
+
+.. [1] A. C. Davison, D. V. Hinkley, Bootstrap Methods and their Application (1997), 3.8.
+.. [2] T. Hesterberg, The American Statistician 69 (2015) 371-386, 5.3: expanded percentiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isnan, nan
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr, stdtrit  # type: ignore[import-untyped]
+from sklearn.metrics import (
+    average_precision_score,
+    confusion_matrix,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
+
+from relion_cryofilter.errors import CryoFilterError
+
+Floats = NDArray[np.float64]
+
+RECALL_OF_FPR = 0.95
+BIN_EDGES = np.linspace(0, 1, 16)
+"""Of the reliability diagram and the ECE: 15 bins of equal width, as Guo et al. (2017) use."""
+OUTSIDE_INTERVAL = 0.05
+MAX_DRAWN_IMAGES = 100_000_000
+"""Resamples × images of a bootstrap; some ten seconds."""
+FEWEST_RESAMPLES = 200
+FEW_GROUPS = 20
+MAX_POINTS = 2000
+METRICS = {
+    "auc": "AUC",
+    "average_precision": "Average precision",
+    "fpr_at_95_recall": "FPR at 95 % recall",
+    "ece": "ECE",
+    "accuracy": "Accuracy",
+    "sensitivity": "Sensitivity",
+    "specificity": "Specificity",
+    "precision": "Precision",
+}
+"""The metrics of an evaluation, in order, and their names in print."""
+
+
+class Interval(NamedTuple):
+    """A value with the ends of its 95 % interval; nan where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Return ``0.912 [0.894, 0.931]``, without the brackets if there is no interval."""
+        if isnan(self.value):
+            return "undefined"
+        ends = "" if isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f}{ends}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of a labelled, scored set.
+
+    Parameters
+    ----------
+    n, n_positive, n_negative, n_groups : int
+        Numbers of images, of good and bad ones, and of micrographs.
+    threshold : float
+        Images that score this much or more are accepted.
+    confusion : tuple of tuple of int
+        ((true negatives, false positives), (false negatives, true positives)).
+    auc, average_precision : Interval
+        Areas under the ROC and (as a sum of steps) the precision-recall curve.
+    fpr_at_95_recall : Interval
+        Share of the bad images accepted where 95 % of the good ones are.
+    ece : Interval
+        Expected calibration error: mean distance of score and fraction of good images in 15 bins.
+    accuracy, sensitivity, specificity, precision : Interval
+        At the threshold. Sensitivity is another word for recall.
+    resamples : int
+        Bootstrap resamples behind the intervals; 0 if there are none.
+    skipped : int
+        Further resamples that lacked a class and were left out.
+    """
+
+    n: int
+    n_positive: int
+    n_negative: int
+    n_groups: int
+    threshold: float
+    confusion: tuple[tuple[int, int], tuple[int, int]]
+    auc: Interval
+    average_precision: Interval
+    fpr_at_95_recall: Interval
+    ece: Interval
+    accuracy: Interval
+    sensitivity: Interval
+    specificity: Interval
+    precision: Interval
+    resamples: int
+    skipped: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as numbers, lists and dicts for JSON; None stands for nan."""
+        names = ("n", "n_positive", "n_negative", "n_groups", "threshold", "resamples", "skipped")
+        data: dict[str, Any] = {name: getattr(self, name) for name in names}
+        data["confusion"] = [list(row) for row in self.confusion]
+        for name in METRICS:
+            interval: Interval = getattr(self, name)
+            data[name] = {k: None if isnan(x) else x for k, x in interval._asdict().items()}
+        return data
+
+    def summary(self) -> str:
+        """Return the summary of the 2020 program, then the metrics with their intervals."""
+        lines = [
+            f"Auc: {self.auc.value:.3f}",
+            f"CM:\n{np.array(self.confusion)}",
+            f"Acc: {self.accuracy.value:.3f}",
+            f"Specificity: {self.specificity.value:.3f}",
+            f"Sensitivity: {self.sensitivity.value:.3f}",
+            "",
+            *(f"{METRICS[name]:<20}{getattr(self, name)}" for name in METRICS),
+            f"Threshold {self.threshold:g}; {self.n:,} images, {self.n_positive:,} of them good.",
+            self._on_intervals(),
+        ]
+        return "\n".join(lines)
+
+    def _on_intervals(self) -> str:
+        """Say how the intervals were made, or why there are none."""
+        if not (self.n_positive and self.n_negative):
+            lacking = "bad" if self.n_positive else "good"
+            return f"No intervals: there are no {lacking} images, so AUC and others are undefined."
+        if self.n_groups == 1:
+            return "No intervals: all images come from one micrograph, at least two are needed."
+        text = (
+            f"Intervals: 95 %, from {self.resamples:,} bootstrap resamples of "
+            f"{self.n_groups:,} micrographs with {self.n:,} images"
+        )
+        if self.skipped:
+            text += f"; {self.skipped:,} more lacked a class and were left out"
+        few = " With so few micrographs they may be too narrow."
+        return f"{text}.{few if self.n_groups < FEW_GROUPS else ''}"
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """The points of the figures; ROC and precision-recall are empty if a class is missing.
+
+    Parameters
+    ----------
+    fpr, tpr, roc_thresholds : ndarray
+        (r,) with falling thresholds; the first is infinite, nothing is accepted there.
+    precision, recall, pr_thresholds : ndarray
+        (p,) with rising thresholds; the last is infinite, too.
+    bin_score, bin_fraction, bin_count : ndarray
+        (b,) mean score, fraction of good images and number of images of each bin that holds any.
+    """
+
+    fpr: Floats
+    tpr: Floats
+    roc_thresholds: Floats
+    precision: Floats
+    recall: Floats
+    pr_thresholds: Floats
+    bin_score: Floats
+    bin_fraction: Floats
+    bin_count: Floats
+
+
+def evaluate(
+    labels: ArrayLike,
+    scores: ArrayLike,
+    groups: ArrayLike,
+    threshold: float,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+) -> Evaluation:
+    """Measure how well scores tell good images from bad ones.
+
+    Parameters
+    ----------
+    labels
+        (n,) True for good images.
+    scores
+        (n,) 0 to 1.
+    groups
+        (n,) numbers of the micrographs.
+    threshold
+        Images that score this much or more are accepted.
+    seed
+        Of the bootstrap: the same seed, the same intervals.
+    resamples
+        Of the bootstrap. Fewer are made of very large sets, see `MAX_DRAWN_IMAGES`.
+
+    Returns
+    -------
+    Evaluation
+        Metrics that are undefined, because a class is missing or nothing is accepted, are nan.
+        So are the ends of all intervals if there is one micrograph or one class only.
+
+    Raises
+    ------
+    CryoFilterError
+        There are no images, or a score is not a number.
+    """
+    good, values = _checked(labels, scores)
+    accepted = np.asarray(scores) >= float(threshold)  # float32 scores are compared as float32
+    numbers = np.unique(np.asarray(groups), return_inverse=True)[1].ravel()
+    if numbers.shape != good.shape:
+        raise ValueError(f"{good.size} labels, but {numbers.size} groups")
+    n_groups, n_positive = int(numbers.max()) + 1, int(good.sum())
+    confusion = confusion_matrix(good, accepted, labels=[False, True]).tolist()
+    ranked = _rank(good, values, numbers, int(accepted.sum()))
+    drawn: list[Floats] = []
+    wanted = 0
+    if n_groups > 1 and 0 < n_positive < good.size:
+        wanted = min(resamples, max(FEWEST_RESAMPLES, MAX_DRAWN_IMAGES // good.size))
+        drawn = list(_bootstrap(ranked, n_groups, wanted, np.random.default_rng(seed)))
+    intervals = _intervals(_measure(good, values, confusion), drawn, n_groups)
+    return Evaluation(
+        n=good.size,
+        n_positive=n_positive,
+        n_negative=good.size - n_positive,
+        n_groups=n_groups,
+        threshold=float(threshold),
+        confusion=(tuple(confusion[0]), tuple(confusion[1])),
+        **dict(zip(METRICS, intervals)),
+        resamples=len(drawn),
+        skipped=wanted - len(drawn),
+    )
+
+
+def curves(labels: ArrayLike, scores: ArrayLike) -> Curves:
+    """Return the points of the figures, at most about `MAX_POINTS` a curve.
+
+    Parameters
+    ----------
+    labels
+        (n,) True for good images.
+    scores
+        (n,) 0 to 1.
+    """
+    good, values = _checked(labels, scores)
+    roc = precision_recall = tuple(np.empty(0) for _ in range(3))
+    if good.any() and not good.all():
+        roc = _thinned(*roc_curve(good, values))
+        precision, recall, thresholds = precision_recall_curve(good, values)
+        precision_recall = _thinned(precision, recall, np.append(thresholds, np.inf))
+    points: list[Floats] = [*roc, *precision_recall, *_reliability(good, values)]
+    return Curves(*points)
+
+
+def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], Floats]:
+    good, values = np.asarray(labels, dtype=bool), np.asarray(scores, dtype=np.float64)
+    if good.shape != values.shape or good.ndim != 1:
+        raise ValueError(f"labels are {good.shape} and scores {values.shape}, expected (n,) both")
+    if not good.size:
+        raise CryoFilterError("There are no labelled images to measure on.")
+    wrong = int(np.count_nonzero(~np.isfinite(values)))
+    if wrong:
+        raise CryoFilterError(
+            f"{wrong:,} of {good.size:,} scores are not numbers. Score the particles again."
+        )
+    return good, values
+
+
+def _thinned(*points: Floats) -> tuple[Floats, ...]:
+    """Return evenly spaced points of a curve, with its ends."""
+    kept = np.unique(np.linspace(0, len(points[0]) - 1, MAX_POINTS).round().astype(int))
+    return tuple(np.asarray(values, dtype=np.float64)[kept] for values in points)
+
+
+def _reliability(good: NDArray[np.bool_], values: Floats) -> tuple[Floats, Floats, Floats]:
+    """Return mean score, fraction of good images and count of the bins that hold images."""
+    bins = np.searchsorted(BIN_EDGES[1:-1], values)
+    count = np.bincount(bins, minlength=15).astype(np.float64)
+    held = count > 0
+    score, positive = (
+        np.bincount(bins, weights=weights, minlength=15)[held] / count[held]
+        for weights in (values, good)
+    )
+    return score, positive, count[held]
+
+
+def _measure(good: NDArray[np.bool_], values: Floats, confusion: list[list[int]]) -> Floats:
+    """Return the metrics in the order of `METRICS`; scikit-learn computes what it has."""
+    areas = [nan, nan, nan]
+    if good.any() and not good.all():
+        fpr, tpr, _ = roc_curve(good, values, drop_intermediate=False)
+        areas = [
+            roc_auc_score(good, values),
+            average_precision_score(good, values),
+            fpr[np.argmax(tpr >= RECALL_OF_FPR)],
+        ]
+    score, positive, count = _reliability(good, values)
+    ece = float(np.average(np.abs(score - positive), weights=count))
+    (tn, fp), (fn, tp) = confusion
+    return np.array([*areas, ece, *_at_threshold(tn, fp, fn, tp)])
+
+
+def _at_threshold(tn: float, fp: float, fn: float, tp: float) -> tuple[float, ...]:
+    """Return accuracy, sensitivity, specificity and precision."""
+    parts = ((tp + tn, tn + fp + fn + tp), (tp, tp + fn), (tn, tn + fp), (tp, tp + fp))
+    return tuple(part / whole if whole else nan for part, whole in parts)
+
+
+def _intervals(values: Floats, drawn: list[Floats], n_groups: int) -> list[Interval]:
+    """Return each metric with the percentiles of its resampled values, nan left out."""
+    tail = _tail(n_groups) if drawn else nan
+    columns = np.array(drawn).T if drawn else np.empty((len(values), 0))
+    intervals = []
+    for value, column in zip(values.tolist(), columns):
+        known = column[~np.isnan(column)]
+        defined = known.size and not isnan(value)
+        low, high = np.quantile(known, (tail, 1 - tail)).tolist() if defined else (nan, nan)
+        intervals.append(Interval(value, low, high))
+    return intervals
+
+
+def _tail(n_groups: int) -> float:
+    """Return the share of resamples below a 95 % interval: 0.025 of many groups, less of few."""
+    quantile = stdtrit(n_groups - 1, OUTSIDE_INTERVAL / 2)
+    return float(ndtr(quantile * np.sqrt(n_groups / (n_groups - 1))))
+
+
+@dataclass(frozen=True, eq=False)
+class _Ranked:
+    """Images in order of falling score, and the cuts between them.
+
+    A cut is a number of images: those before it score more than those behind it.
+    """
+
+    good: Floats  # (n,) 1 or 0
+    scores: Floats  # (n,)
+    groups: NDArray[np.intp]  # (n,) 0 to number of groups - 1
+    cuts: NDArray[np.intp]  # (u + 1,) before, between and after the distinct scores
+    bin_cuts: NDArray[np.intp]  # (16,) between the bins of the ECE
+    accepted: int
+
+
+def _rank(
+    good: NDArray[np.bool_], values: Floats, groups: NDArray[np.intp], accepted: int
+) -> _Ranked:
+    order = np.argsort(-values, kind="stable")
+    scores = values[order]
+    higher = np.searchsorted(-scores, -BIN_EDGES[-2:0:-1], side="left")  # above each inner edge
+    return _Ranked(
+        good=good[order].astype(np.float64),
+        scores=scores,
+        groups=groups[order],
+        cuts=np.concatenate([[0], np.flatnonzero(np.diff(scores)) + 1, [len(scores)]]),
+        bin_cuts=np.concatenate([[0], higher, [len(scores)]]),
+        accepted=accepted,
+    )
+
+
+def _bootstrap(
+    ranked: _Ranked, n_groups: int, resamples: int, rng: np.random.Generator
+) -> Iterator[Floats]:
+    """Yield the metrics of each resample of the groups that holds both classes."""
+    for _ in range(resamples):
+        drawn = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)
+        weights = drawn[ranked.groups].astype(np.float64)
+        if 0 < weights @ ranked.good < weights.sum():
+            yield _weighted_metrics(ranked, weights)
+
+
+def _weighted_metrics(ranked: _Ranked, weights: Floats) -> Floats:
+    """Return the metrics, in the order of `METRICS`, of images with integer weights, (n,).
+
+    The same as scikit-learn's with ``sample_weight``, but sorted once for all resamples: every
+    metric comes from sums over the images before a cut.
+    """
+    images, good, scores = (
+        np.concatenate([[0.0], np.cumsum(values)])
+        for values in (weights, weights * ranked.good, weights * ranked.scores)
+    )
+    n, n_good = images[-1], good[-1]
+    true = good[ranked.cuts]
+    reached = images[ranked.cuts]
+    false = reached - true
+    auc = np.diff(false) @ (true[1:] + true[:-1]) / (2 * n_good * false[-1])
+    precision = true[1:] / np.maximum(reached[1:], 1)
+    average_precision = np.diff(true) @ precision / n_good
+    fpr = false[np.searchsorted(true / n_good, RECALL_OF_FPR)] / false[-1]
+    bins = ranked.bin_cuts
+    ece = np.abs(np.diff(scores[bins]) - np.diff(good[bins])).sum() / n
+    tp, all_accepted = good[ranked.accepted], images[ranked.accepted]
+    fp, fn = all_accepted - tp, n_good - tp
+    at_threshold = _at_threshold(n - tp - fp - fn, fp, fn, tp)
+    return np.array([auc, average_precision, fpr, ece, *at_threshold])

@@ -1,0 +1,197 @@
+"""Self-tests of a training: could its figures be too good to be true?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+LEAK_AUC = 0.85
+"""A single number that separates the classes so well for certain is a leak, not biology."""
+
+ROUNDING = 1e-3
+"""Of the images' sigma: RELION normalises to float32 rounding, which must not count."""
+
+SAME_SPREAD = 0.1
+"""If a statistic varies so much less in one class, that class alone was normalised by it."""
+
+ORIGIN_SHARE = 0.95
+NOISE_SHARE = 0.01
+PROBE_ROWS = 4000
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """One question and its answer.
+
+    Attributes
+    ----------
+    name
+        What was looked at.
+    passed
+        False is a warning: the figures may not mean what they seem to.
+    finding
+        What was found, with numbers, and what to do about it.
+    """
+
+    name: str
+    passed: bool
+    finding: str
+
+    def __str__(self) -> str:
+        return f"{'pass' if self.passed else 'WARNING'}: {self.name}: {self.finding}"
+
+
+def leak_tests(
+    statistics: Mapping[str, np.ndarray], labels: np.ndarray, origin: np.ndarray
+) -> list[SelfTest]:
+    """Ask whether something that has nothing to do with particles gives the labels away.
+
+    Particles themselves raise the mean and the sigma of an image whose background is normalised
+    (and lower the sigma of its background where whole images are normalised). So mean and sigma
+    are a leak if image and background differ in the same direction, or if one class has all the
+    same value.
+
+    Parameters
+    ----------
+    statistics
+        (n,) numbers of the raw images: ``image mean``, ``background mean``, ``image sigma``,
+        ``background sigma`` and ``box size``.
+    labels
+        (n,) bool.
+    origin
+        (n,) the file that each image is from.
+    """
+    grain = ROUNDING * float(np.median(statistics["image sigma"]))
+    rounded = {name: np.round(values / grain) for name, values in statistics.items()}
+    sides = {name: _separation(values, labels) for name, values in rounded.items()}
+    tests = []
+    for name, partner in (
+        ("image mean", "background mean"),
+        ("image sigma", "background sigma"),
+        ("background sigma", "image sigma"),
+    ):
+        together = sides[name] * sides[partner] > 0
+        one_sided = _one_sided(rounded[name], labels)
+        tests.append(
+            _leak(name, rounded[name], labels, (sides[name] != 0 and together) or one_sided)
+        )
+    tests.append(_leak("box size", statistics["box size"], labels, sides["box size"] != 0))
+    return [*tests, _origin_test(labels, origin)]
+
+
+def _separation(values: np.ndarray, labels: np.ndarray) -> int:
+    """Return 1 or -1 if the good have surely higher or lower values, else 0.
+
+    Surely: the AUC less two standard errors (Hanley & McNeil, Radiology 143, 29, 1982).
+    """
+    auc = float(roc_auc_score(labels, values))
+    strength = max(auc, 1 - auc)
+    n_good, n_bad = int(labels.sum()), int((~labels).sum())
+    q1, q2 = strength / (2 - strength), 2 * strength**2 / (1 + strength)
+    variance = (
+        strength * (1 - strength)
+        + (n_good - 1) * (q1 - strength**2)
+        + (n_bad - 1) * (q2 - strength**2)
+    ) / (n_good * n_bad)
+    if strength - 2 * np.sqrt(max(variance, 0.0)) < LEAK_AUC:
+        return 0
+    return 1 if auc > 0.5 else -1
+
+
+def _one_sided(values: np.ndarray, labels: np.ndarray) -> bool:
+    """Tell whether a statistic varies in one class and hardly in the other."""
+    spreads = sorted(
+        float(np.subtract(*np.percentile(values[k], (90, 10)))) for k in (labels, ~labels)
+    )
+    return spreads[1] > 5 and spreads[0] < SAME_SPREAD * spreads[1]
+
+
+def _leak(name: str, values: np.ndarray, labels: np.ndarray, leaks: bool) -> SelfTest:
+    auc = float(roc_auc_score(labels, values))
+    finding = f"alone it separates the classes with AUC {max(auc, 1 - auc):.3f}"
+    if leaks:
+        finding += (
+            "; good and bad images were probably normalised or extracted differently, and the "
+            "model's figures mean nothing then. Extract both in one job."
+        )
+    return SelfTest(name, not leaks, finding)
+
+
+def _origin_test(labels: np.ndarray, origin: np.ndarray) -> SelfTest:
+    files, file_of = np.unique(origin, return_inverse=True)
+    share = np.bincount(file_of, labels) / np.bincount(file_of)
+    pure = float(np.isin(share[file_of], (0.0, 1.0)).mean())
+    finding = (
+        f"{100 * pure:.0f} % of the images are in one of {len(files)} files with one kind only"
+    )
+    if pure >= ORIGIN_SHARE:
+        finding += (
+            "; any difference in how these files were made looks like a difference of particles. "
+            "Labels from one extraction are safer."
+        )
+    return SelfTest("file of origin", pure < ORIGIN_SHARE, finding)
+
+
+def permutation_test(
+    small: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int
+) -> SelfTest:
+    """Ask whether labels that mean nothing can be predicted; if so, the split leaks.
+
+    A linear probe is trained on permuted labels. It can do better than chance on the other part
+    only if that part holds the same images.
+
+    Parameters
+    ----------
+    small
+        (n, k) flattened small images.
+    labels, train, test
+        (n,) bool, and the rows of the two parts.
+    """
+    rng = np.random.default_rng(seed)
+    train, test = (rng.permutation(part)[:PROBE_ROWS] for part in (train, test))
+    shuffled = rng.permutation(labels)
+    if len(set(shuffled[train])) < 2 or len(set(shuffled[test])) < 2:
+        return SelfTest("permuted labels", True, "too few particles to tell")
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=50))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        probe.fit(small[train], shuffled[train])
+    auc = float(roc_auc_score(shuffled[test], probe.decision_function(small[test])))
+    # Standard error of the AUC of unrelated scores: Hanley & McNeil, Radiology 143, 29 (1982).
+    n_good = int(shuffled[test].sum())
+    n_bad = len(test) - n_good
+    error = float(np.sqrt((n_good + n_bad + 1) / (12 * n_good * n_bad)))
+    passed = auc < 0.5 + max(0.05, 4 * error)
+    return SelfTest(
+        "permuted labels",
+        passed,
+        f"a probe trained on them has AUC {auc:.3f} on the test part (chance 0.5 ± {2 * error:.3f})"
+        + ("" if passed else "; the same images are on both sides of the split"),
+    )
+
+
+def noise_test(noise_scores: np.ndarray, threshold: float) -> SelfTest:
+    """Ask how many images of pure noise would be accepted."""
+    share = float((noise_scores >= threshold).mean())
+    finding = f"{100 * share:.1f} % of {len(noise_scores)} images of white noise would be accepted"
+    if share > NOISE_SHARE:
+        finding += "; the model has not learnt what an empty image is. Add empty ones as bad."
+    return SelfTest("pure noise", share <= NOISE_SHARE, finding)
+
+
+def split_test(parts: Mapping[str, np.ndarray], groups: np.ndarray, unit: str) -> SelfTest:
+    """Ask whether a micrograph (or whatever was shared out) is on two sides of the split."""
+    sides = [set(groups[rows].tolist()) for rows in parts.values()]
+    shared = len(set.union(*(a & b for i, a in enumerate(sides) for b in sides[:i])))
+    finding = f"{shared} {unit}(s) on two sides of the split"
+    if shared:
+        finding += "; neighbours know each other, so figures are too good"
+    return SelfTest("split", shared == 0, finding)

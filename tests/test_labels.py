@@ -1,0 +1,244 @@
+"""Labels that a project holds already, with counts that equal what its files say."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from relion_cryofilter.data.labelled import split_by_micrograph
+from relion_cryofilter.data.particles import concatenate, read_particles
+from relion_cryofilter.errors import CryoFilterError, StarError
+from relion_cryofilter.relion.labels import read_labels
+
+CLASSES = [1, 2, 3, 3]
+"""The class of each micrograph's particles in `select_job`."""
+
+
+@pytest.fixture
+def select_job(project):
+    """Add a Class2D job and a Select job that kept class 3, as RELION 3.1 and 5 write them."""
+    return make_select_job(project)
+
+
+def make_select_job(project, *, relion="3.1", numbers=True):
+    lines = Path("Extract/job001/particles.star").read_text().splitlines(keepends=True)
+    rows = [line for line in lines if "@" in line]
+    head = "".join(line for line in lines if "@" not in line).rstrip() + "\n"
+    head += "_rlnClassNumber #8\n"
+    number = {row: CLASSES[int(re.search(r"mic(\d)\.mrcs", row)[1])] for row in rows}
+    scored = [f"{row.rstrip()} {number[row]:12d} \n" for row in reversed(rows)]
+    job2, job3 = project / "Class2D/job002", project / "Select/job003"
+    for folder in (job2, job3):
+        folder.mkdir(parents=True)
+    (job2 / "run_it012_data.star").write_text(head + "".join(scored) + "\n")
+    kept = [row for row in scored if row.split()[-1] == "3"]
+    (job3 / "particles.star").write_text(head + "".join(kept) + "\n")
+    reference = "data_\n\nloop_\n_rlnReferenceImage #1\n"
+    reference += "_rlnClassNumber #2\n" if numbers else ""
+    name = "000003@Class2D/job002/run_it012_classes.mrcs"
+    (job3 / "class_averages.star").write_text(f"{reference}{name}{' 3' if numbers else ''}\n")
+    model = "run_it012_model.star" if relion == "3.1" else "run_it012_optimiser.star"
+    (job2 / "run_it012_optimiser.star").write_text(
+        "data_optimiser_general\n\n"
+        "_rlnExperimentalDataStarFile Class2D/job002/run_it012_data.star\n"
+    )
+    (job3 / "job.star").write_text(
+        "data_job\n\n_rlnJobType 7\n\ndata_joboptions_values\n\nloop_\n_rlnJobOptionVariable #1\n"
+        f'_rlnJobOptionValue #2\nfn_data ""\nfn_model Class2D/job002/{model}\n'
+    )
+    return job3
+
+
+@pytest.mark.parametrize("relion", ["3.1", "5"])
+@pytest.mark.parametrize("numbers", [True, False])
+def test_a_select_job_gives_its_kept_class_as_positives(project, relion, numbers):
+    make_select_job(project, relion=relion, numbers=numbers)
+    labelled = read_labels(Path("Select/job003/particles.star"))
+    good = {labelled.particles.image_name(row) for row in np.flatnonzero(labelled.labels)}
+    assert good == {
+        f"{i:06d}@Extract/job001/Mics/mic{m}.mrcs" for i in range(1, 13) for m in (2, 3)
+    }
+    assert (~labelled.labels).sum() == 24
+
+
+@pytest.mark.shared("relion_projects")
+@pytest.mark.parametrize("version", ["v31", "v5"])
+def test_the_select_jobs_of_real_projects_agree_with_their_class_files(shared, version):
+    root = shared / "relion_projects" / version
+    labelled = read_labels(root / "Select/job003/particles.star")
+    kept = read_particles(root / "Select/job003/particles.star")
+    names = {kept.image_name(row) for row in range(len(kept))}
+    good = {labelled.particles.image_name(row) for row in np.flatnonzero(labelled.labels)}
+    everything = {labelled.particles.image_name(row) for row in range(len(labelled))}
+    with (root / "truth.csv").open() as file:
+        truth = {row["image"] for row in csv.DictReader(file)}
+    assert good == names
+    assert everything == truth
+    assert len(labelled.notes) == 1, "particles.star or the backup differ from the classes"
+
+
+def test_a_stale_backup_selection_and_a_filtered_selection_are_noted(select_job):
+    (select_job / "backup_selection.star").write_text("data_\n\nloop_\n_rlnSelected #1\n1\n0\n1\n")
+    text = (select_job / "particles.star").read_text().splitlines(keepends=True)
+    first = next(i for i, line in enumerate(text) if "@" in line)
+    del text[first]
+    (select_job / "particles.star").write_text("".join(text))
+    notes = read_labels(select_job / "particles.star").notes
+    assert any("has 23 particles, the kept classes 24 (1 missing there" in note for note in notes)
+    assert any("names other classes (1, 3)" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda job: (job / "job.star").unlink(), "no labels here. Expected the particles.star of"),
+        (
+            lambda job: (job / "class_averages.star").unlink(),
+            r"class_averages\.star: can't be read",
+        ),
+        (
+            lambda job: (job / "job.star").write_text(
+                (job / "job.star").read_text().replace("Class2D/job002/run_it012_model.star", '""')
+            ),
+            "fn_model is '', so this Select job did not choose classes",
+        ),
+        (
+            lambda job: (job.parents[1] / "Class2D/job002/run_it012_data.star").unlink(),
+            "run_it012_data.star is missing",
+        ),
+    ],
+)
+def test_a_select_job_that_lacks_something_is_refused_by_name(select_job, spoil, message):
+    spoil(select_job)
+    with pytest.raises(CryoFilterError, match=message):
+        read_labels(select_job / "particles.star")
+
+
+DATA = Path("Class2D/job002/run_it012_data.star")
+
+
+def test_named_classes_give_labels_and_leave_the_others_out(select_job):
+    labelled = read_labels(DATA, pos_classes=[3], neg_classes=[1])
+    assert (labelled.labels.sum(), len(labelled)) == (24, 36)
+    assert "12 particles of classes that are not named are left out." in labelled.notes
+    assert len(read_labels(DATA, pos_classes=[3])) == 48
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pos_classes": [9]}, r"in class 9. Classes \(particles\): 1 \(12\), 2 \(12\), 3 \(24\)"),
+        ({"pos_classes": [1], "neg_classes": [1, 2]}, "Class 1 is in --pos_classes and in"),
+        ({"neg_classes": [1]}, "--neg_classes is given without --pos_classes"),
+        ({"pos_classes": [1, 2, 3]}, "No negative particles are left"),
+    ],
+)
+def test_classes_that_make_no_sense_are_refused(select_job, options, message):
+    with pytest.raises(CryoFilterError, match=message):
+        read_labels(DATA, **options)
+
+
+def test_a_file_without_classes_is_refused(project):
+    with pytest.raises(CryoFilterError, match="has no column rlnClassNumber"):
+        read_labels(Path("Extract/job001/particles.star"), pos_classes=[1])
+
+
+def half_star(project, name, keep):
+    text = Path("Extract/job001/particles.star").read_text().splitlines(keepends=True)
+    chosen = [line for line in text if "@" not in line or keep(line)]
+    (project / name).write_text("".join(chosen))
+    return project / name
+
+
+def test_files_of_both_kinds_mix_star_and_stacks_and_count_doubles(project):
+    good = half_star(project, "good.star", lambda line: "mic0" in line or "mic1" in line)
+    bad = half_star(project, "bad.star", lambda line: "mic1" in line and "000001@" in line)
+    labelled = read_labels(None, [good, good], [bad, Path("Extract/job001/Mics/mic3.mrcs")])
+    assert labelled.labels.sum() == 23
+    assert (~labelled.labels).sum() == 12
+    assert any("1 particles are named as positive and as negative" in n for n in labelled.notes)
+    assert any("24 particles are named more than once" in note for note in labelled.notes)
+
+
+@pytest.mark.parametrize(
+    ("pos", "neg", "in_parts", "message"),
+    [
+        (["good.star"], [], None, "--neg names no file"),
+        ([], ["good.star"], None, "--pos names no file"),
+        (["good.star"], ["good.star"], None, "No positive particles are left"),
+        (["good.star"], ["good.star"], Path("good.star"), "not from both"),
+        ([], [], None, "Labels are needed"),
+    ],
+)
+def test_files_that_give_one_kind_only_are_refused(project, pos, neg, in_parts, message):
+    half_star(project, "good.star", lambda line: "mic0" in line)
+    with pytest.raises(CryoFilterError, match=message):
+        read_labels(in_parts, [Path(path) for path in pos], [Path(path) for path in neg])
+
+
+def test_a_bad_label_file_is_refused_by_name_and_line(project):
+    (project / "broken.star").write_text("data_\nloop_\n_rlnImageName #1\n_x #2\n1@a.mrcs\n")
+    with pytest.raises(StarError, match=r"broken\.star, line 5: 1 values"):
+        read_labels(None, [project / "broken.star"], [project / "broken.star"])
+
+
+def test_sets_that_share_stacks_are_joined_without_mixing_rows(project):
+    particles = read_particles(Path("Extract/job001/particles.star"))
+    some, rest = particles.take(np.arange(7, 20)), particles.take(np.arange(7))
+    joined = concatenate([some, rest])
+    names = [particles.image_name(row) for row in [*range(7, 20), *range(7)]]
+    assert [joined.image_name(row) for row in range(20)] == names
+    assert len(joined.stacks) == 4
+
+
+def particles_of(n_micrographs, per_micrograph, tmp_path, named=True, n_stacks=None):
+    rows = []
+    for mic in range(n_micrographs):
+        for image in range(per_micrograph):
+            stack = mic % (n_stacks or n_micrographs)
+            place = image + 1 + per_micrograph * (mic // (n_stacks or n_micrographs))
+            rows.append(f"{place}@s{stack}.mrcs" + (f" m{mic}.mrc" if named else ""))
+    labels = "_rlnImageName #1\n" + ("_rlnMicrographName #2\n" if named else "")
+    path = tmp_path / "p.star"
+    path.write_text("data_\n\nloop_\n" + labels + "\n".join(rows) + "\n")
+    return read_particles(path)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_micrograph_is_on_two_sides_and_every_side_has_both_kinds(tmp_path, seed):
+    particles = particles_of(30, 20, tmp_path)
+    labels = np.random.default_rng(seed).random(600) < 0.3
+    split = split_by_micrograph(particles, labels, 0.7, seed)
+    sides = [set(particles.micrograph_of[rows]) for rows in split.parts.values()]
+    assert split.unit == "micrograph"
+    assert not any(a & b for i, a in enumerate(sides) for b in sides[:i])
+    assert sum(map(len, split.parts.values())) == 600
+    assert abs(len(split.train) / 600 - 0.7) < 0.05
+    assert all(0 < labels[rows].sum() < len(rows) for rows in split.parts.values())
+    again = split_by_micrograph(particles, labels, 0.7, seed)
+    assert all(np.array_equal(a, b) for a, b in zip(split.parts.values(), again.parts.values()))
+
+
+def test_without_micrograph_names_whole_stacks_are_shared_out(tmp_path):
+    particles = particles_of(12, 10, tmp_path, named=False)
+    labels = np.arange(120) % 2 == 0
+    assert split_by_micrograph(particles, labels, 0.7, 0).unit == "stack"
+
+
+def test_where_no_group_holds_both_kinds_particles_are_shared_out(tmp_path):
+    particles = particles_of(2, 50, tmp_path)
+    labels = np.arange(100) < 50
+    split = split_by_micrograph(particles, labels, 0.7, 0)
+    assert split.unit == "particle"
+    assert [len(rows) for rows in split.parts.values()] == [70, 14, 16]
+    assert np.array_equal(np.sort(np.concatenate(list(split.parts.values()))), np.arange(100))
+
+
+def test_too_few_of_a_kind_is_an_error(tmp_path):
+    labels = np.arange(40) < 2
+    with pytest.raises(CryoFilterError, match=r"Only 2 positive particle\(s\)"):
+        split_by_micrograph(particles_of(4, 10, tmp_path), labels, 0.7, 0)

@@ -1,0 +1,364 @@
+"""Training: honest validation, exact resume, calibrated thresholds, one job end to end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import making
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_labels import make_select_job
+
+from relion_cryofilter.data.labelled import split_by_micrograph
+from relion_cryofilter.data.particles import particles_of_stacks, read_particles
+from relion_cryofilter.errors import Aborted
+from relion_cryofilter.nn.checkpoint import load_model
+from relion_cryofilter.nn.networks import build_network
+from relion_cryofilter.nn.preprocess import BlurResize, d4_views
+from relion_cryofilter.nn.small_images import load_small_images
+from relion_cryofilter.nn.training import Settings, Trainer, fit_temperature, turn
+from relion_cryofilter.progress import Progress
+from relion_cryofilter.relion import job
+
+JOB = "External/job009/"
+
+
+class Fixed:
+    """Small images that are just there."""
+
+    where = "here"
+
+    def __init__(self, images):
+        self.images = images
+
+    def get(self, rows):
+        return self.images[torch.from_numpy(rows)]
+
+
+def labelled_blobs(tmp_path, n=360, strength=1.5):
+    """Make stacks of 12 images: every other has a blob; return particles, labels, images."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(n) % 2 == 0
+    images = rng.normal(size=(n, 32, 32)).astype(np.float32)
+    y, x = np.mgrid[:32, :32] - 15.5
+    images[labels] += strength * np.exp(-(x**2 + y**2) / 40).astype(np.float32)
+    for number in range(n // 12):
+        making.write_stack(tmp_path / f"{number:03d}.mrcs", images[number * 12 : number * 12 + 12])
+    particles = particles_of_stacks([tmp_path / f"{k:03d}.mrcs" for k in range(n // 12)])
+    return particles, labels, images
+
+
+def trainer_of(tmp_path, images, labels, split, **settings):
+    torch.manual_seed(0)
+    network = build_network("straight", f=8, dim=28)
+    return Trainer(
+        network, images, labels, split, Settings(**settings), tmp_path / "checkpoint", {"a": 1}
+    )
+
+
+def test_validation_knows_nothing_of_the_training_batches(tmp_path):
+    """The 2020 program validated on its first training batches: this is what would tell."""
+    rng = np.random.default_rng(1)
+    particles, _, _ = labelled_blobs(tmp_path, 240)
+    labels = rng.random(240) < 0.5
+    noise = Fixed(torch.from_numpy(rng.normal(size=(240, 1, 28, 28)).astype(np.float32)))
+    split = split_by_micrograph(particles, labels, 0.5, 0)
+    trainer = trainer_of(
+        tmp_path, noise, labels, split, epochs=40, patience=40, learning_rate=3e-3,
+        augmentation=False, batch_size=16,
+    )  # fmt: skip
+    history = trainer.run(Progress(1, "steps"))
+    assert history[-1].train_acc > 0.95, "it has learnt the training labels by heart"
+    assert history[-1].val_acc < 0.75
+    assert history[-1].val_auc < 0.75
+
+
+def test_the_best_epochs_weights_are_kept(tmp_path):
+    particles, labels, _ = labelled_blobs(tmp_path)
+    split = split_by_micrograph(particles, labels, 0.6, 0)
+    loaded = load_small_images(
+        particles, BlurResize(), Progress(1, "i"), threads=1, max_memory_bytes=1e9
+    )
+    trainer = trainer_of(tmp_path, loaded.images, labels, split, epochs=6)
+    history = trainer.run(Progress(1, "steps"))
+    trainer.network.eval()
+    with torch.no_grad():
+        logits = trainer.network(loaded.images.get(split.validation))
+    auc = trainer._validate(logits)[2]
+    assert auc == pytest.approx(max(epoch.val_auc for epoch in history))
+    assert auc > 0.8
+
+
+def test_training_stops_early_when_validation_does_not_improve(tmp_path):
+    particles, labels, _ = labelled_blobs(tmp_path, strength=8)
+    split = split_by_micrograph(particles, labels, 0.6, 0)
+    loaded = load_small_images(
+        particles, BlurResize(), Progress(1, "i"), threads=1, max_memory_bytes=1e9
+    )
+    trainer = trainer_of(tmp_path, loaded.images, labels, split, epochs=50, patience=3)
+    history = trainer.run(Progress(1, "steps"))
+    assert len(history) == trainer.best.epoch + 3 < 50
+
+
+def test_a_stop_in_mid_epoch_then_a_restart_gives_the_same_weights(tmp_path):
+    torch.set_num_threads(1)
+    particles, labels, _ = labelled_blobs(tmp_path)
+    split = split_by_micrograph(particles, labels, 0.6, 0)
+    loaded = load_small_images(
+        particles, BlurResize(), Progress(1, "i"), threads=1, max_memory_bytes=1e9
+    )
+    settings = {"epochs": 4, "batch_size": 16}
+    whole = trainer_of(tmp_path, loaded.images, labels, split, **settings)
+    whole.run(Progress(1, "steps"))
+    (tmp_path / "checkpoint").unlink()
+    steps = iter(range(1000))
+    broken = trainer_of(tmp_path, loaded.images, labels, split, **settings)
+    with pytest.raises(Aborted):
+        broken.run(Progress(1, "steps", lambda: next(steps) > 35))
+    assert 0 < len(broken.history) < 4
+    resumed = trainer_of(tmp_path, loaded.images, labels, split, **settings)
+    resumed.run(Progress(1, "steps"))
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, resumed.network.state_dict()[name]), name
+    other = trainer_of(tmp_path, loaded.images, labels, split, **{**settings, "seed": 5})
+    other._resume()
+    assert not other.history, "a checkpoint of another training is not gone on from"
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "where"),
+    [(1, "in memory as float32"), (0.0016, "in memory as float16"), (1e-5, "not kept in memory")],
+)
+def test_streamed_and_float16_images_equal_those_in_memory(tmp_path, gigabytes, where):
+    particles, _, images = labelled_blobs(tmp_path)
+    loaded = load_small_images(
+        particles, BlurResize(), Progress(1, "i"), threads=2, max_memory_bytes=gigabytes * 1e9 / 2
+    )
+    assert where in loaded.images.where
+    rows = np.random.default_rng(0).integers(0, 360, 50)
+    expected = BlurResize()(torch.from_numpy(images[rows]))
+    assert torch.allclose(loaded.images.get(rows), expected, atol=4e-3)
+    assert np.allclose(loaded.statistics["image mean"], images.mean(axis=(1, 2)), atol=1e-5)
+
+
+def test_every_view_is_one_of_the_eight():
+    images = torch.arange(8 * 9.0).reshape(8, 1, 3, 3)
+    turned = turn(images, torch.arange(8))
+    for number in range(8):
+        assert torch.equal(turned[number], list(d4_views(images[number]))[number])
+
+
+@pytest.mark.parametrize("true", [0.5, 1.0, 3.0])
+def test_the_temperature_of_overconfident_logits_is_found(true):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, 20_000)
+    labels = rng.random(20_000) < 1 / (1 + np.exp(-logits))
+    assert fit_temperature(logits * true, labels) == pytest.approx(true, rel=0.07)
+
+
+def train_words(more=""):
+    return f"--mode train --o {JOB} --in_parts Select/job003/particles.star --j 1 {more}"
+
+
+@pytest.fixture
+def select_project(tmp_path, monkeypatch):
+    """A project of 8 micrographs whose classes 3 are blobs, with its Select job."""
+    making.write_project(tmp_path, n_micrographs=4, per_micrograph=24)
+    monkeypatch.chdir(tmp_path)
+    make_select_job(tmp_path)
+    return tmp_path
+
+
+OUTPUTS = [
+    "model.safetensors", "history.csv", "checkpoint_last.pt", "metrics.json", "predictions.csv",
+    "roc.png", "confusion_matrix.png", "precision_recall.png", "reliability.png",
+    "score_histogram.png", "history.png", "RELION_JOB_EXIT_SUCCESS",
+]  # fmt: skip
+
+
+def test_a_training_job_leaves_model_history_and_figures(select_project, capsys):
+    assert job.main(train_words("--epochs 3").split()) == 0
+    for name in OUTPUTS:
+        assert Path(JOB, name).exists(), name
+    with Path(JOB, "history.csv").open() as file:
+        history = list(csv.DictReader(file))
+    assert list(history[0]) == [
+        "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_auc", "learning_rate",
+        "seconds",
+    ]  # fmt: skip
+    assert len(history) == 3
+    text = capsys.readouterr().out
+    for said in ("in memory as float32", "Split by", "Auc:", "Self-tests:", "permuted labels",
+                 "pure noise", "background sigma", "file of origin"):  # fmt: skip
+        assert said in text
+    report = json.loads(Path(JOB, "metrics.json").read_text())
+    assert {test["name"] for test in report["self_tests"]} >= {"split", "pure noise"}
+    model = load_model(Path(JOB, "model.safetensors"))
+    assert model.provenance["threshold_request"] == "recall=0.95"
+    assert model.provenance["pixel_sizes_angstrom"] == [3.0]
+    assert "operating_curve" in model.provenance
+
+
+def test_a_finished_training_is_not_done_again(select_project, capsys):
+    assert job.main(train_words("--epochs 2").split()) == 0
+    first = Path(JOB, "model.safetensors").read_bytes()
+    assert job.main(train_words("--epochs 2").split()) == 0
+    assert "Going on from" in capsys.readouterr().out
+    assert Path(JOB, "model.safetensors").read_bytes() == first
+
+
+@pytest.mark.parametrize("version", ["v31", "v5"])
+@pytest.mark.shared("relion_projects")
+def test_real_projects_train_from_their_select_job_and_score(
+    shared, version, tmp_path, monkeypatch
+):
+    for path in (shared / "relion_projects" / version).rglob("*"):
+        target = tmp_path / path.relative_to(shared / "relion_projects" / version)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+        else:
+            target.write_bytes(path.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    shim = [sys.executable, str(ROOT / "external_job.py")]
+    done = subprocess.run([*shim, *train_words("--epochs 2").split()], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    selected = len(read_particles(Path("Select/job003/particles.star")))
+    assert f"200 labelled particles: {selected} good, {200 - selected} bad" in done.stdout.decode()
+    words = f"--o External/job010/ --in_parts Extract/job001/particles.star --weights {JOB}"
+    words += "model.safetensors --threshold keep=0.5"
+    done = subprocess.run([*shim, *words.split()], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert len(read_particles(Path("External/job010/particles_accepted.star"))) == 100
+
+
+def test_sigkill_in_mid_epoch_then_continue_gives_the_same_weights(select_project):
+    shim = [sys.executable, str(ROOT / "external_job.py")]
+    words = train_words("--epochs 12 --patience 12 --batch_size 1").split()
+    subprocess.run([*shim, *words], check=True, capture_output=True)
+    whole = load_model(Path(JOB, "model.safetensors"))
+    words[words.index(JOB)] = "External/job010/"
+    running = subprocess.Popen([*shim, *words], stdout=subprocess.DEVNULL)
+    checkpoint = Path("External/job010/checkpoint_last.pt")
+    while not checkpoint.exists() and running.poll() is None:
+        time.sleep(0.005)
+    time.sleep(0.03)
+    os.kill(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not Path("External/job010/model.safetensors").exists(), "it was killed too late"
+    done = subprocess.run([*shim, *words], check=True, capture_output=True)
+    assert b"Going on from" in done.stdout
+    resumed = load_model(Path("External/job010/model.safetensors"))
+    assert resumed.hash == whole.hash
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, resumed.network.state_dict()[name])
+
+
+def test_fine_tuning_starts_from_a_model_and_checks_it(select_project, capsys):
+    assert job.main(train_words("--epochs 1 --f 8").split()) == 0
+    words = train_words(f"--epochs 1 --init {JOB}model.safetensors").replace(JOB, "External/x/", 1)
+    assert job.main(words.split()) == 0
+    assert load_model("External/x/model.safetensors").network.kwargs == {"f": 8, "dim": 28}
+    assert job.main([*words.split(), "--f", "16"]) == 2
+    assert "--f is 16, but" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("request_text", "code"), [("count=500", 2), ("keep=0.5", 0), ("0.7", 0), ("2020", 0)]
+)
+def test_the_threshold_to_store_is_by_request(select_project, request_text, code):
+    assert job.main(train_words(f"--epochs 1 --threshold {request_text}").split()) == code
+    if code == 0:
+        model = load_model(Path(JOB, "model.safetensors"))
+        fixed = {"0.7": 0.7, "2020": 0.5}.get(request_text)
+        assert fixed is None or model.threshold == fixed
+
+
+def test_names_of_2020_keep_working(select_project):
+    words = "train --pos Extract/job001/Mics/mic2.mrcs Extract/job001/Mics/mic3.mrcs --neg "
+    words += "Extract/job001/Mics/mic0.mrcs --out_dir a/ --weight_dir b/ --history_dir c/ "
+    words += "--model roberts --f 4 --img_dim 32 --epochs 1 --batch_size 8 --augmentation No"
+    assert job.main([*words.split(), "--o", "a/"]) == 0
+    assert Path("c/history.csv").exists()
+    model = load_model("b/model.safetensors")
+    assert (model.network.name, model.network.dim) == ("roberts", 32)
+
+
+def test_an_abort_in_training_leaves_aborted(select_project):
+    Path(JOB).mkdir(parents=True)
+    shim = [sys.executable, str(ROOT / "external_job.py")]
+    running = subprocess.Popen(
+        [*shim, *train_words("--epochs 500 --patience 500").split()], stdout=subprocess.PIPE
+    )
+    while not Path(JOB, "checkpoint_last.pt").exists():
+        time.sleep(0.01)
+    Path(JOB, "RELION_JOB_ABORT_NOW").touch()
+    running.communicate(timeout=30)
+    assert Path(JOB, "RELION_JOB_EXIT_ABORTED").exists()
+    assert not Path(JOB, "model.safetensors").exists()
+
+
+@pytest.fixture
+def trained(select_project):
+    making_model = replace(
+        making.tiny_model(), provenance={"pixel_sizes_angstrom": [3.0], "boxes_px": [32]}
+    )
+    making_model.save("model.safetensors")
+    making.tiny_model(seed=1).save("other.safetensors")
+    return select_project
+
+
+def test_metrics_measures_on_all_or_on_the_test_part(trained, capsys):
+    words = "metrics --o M/ --in_parts Select/job003/particles.star --weights model.safetensors"
+    assert job.main(words.split()) == 0
+    text = capsys.readouterr().out
+    for said in ("Auc:", "CM:", "Acc:", "Specificity:", "Sensitivity:", "FPR at 95 % recall"):
+        assert said in text
+    for name in ("metrics.json", "predictions.csv", "roc.png", "confusion_matrix.png"):
+        assert Path("M", name).exists()
+    assert json.loads(Path("M/metrics.json").read_text())["n"] == 96
+    assert job.main([*words.split(), "--split", "0.5", "--tta"]) == 0
+    assert json.loads(Path("M/metrics.json").read_text())["n"] < 40
+    with Path("M/predictions.csv").open() as file:
+        assert set(next(csv.DictReader(file))) == {"image", "micrograph", "label", "score"}
+
+
+def test_metrics_on_the_training_particles_warns(select_project, capsys):
+    assert job.main(train_words("--epochs 1").split()) == 0
+    words = (
+        f"metrics --o M/ --in_parts Select/job003/particles.star --weights {JOB}model.safetensors"
+    )
+    assert job.main(words.split()) == 0
+    assert "The model was trained on these particles" in capsys.readouterr().out
+
+
+def test_several_models_are_averaged(trained):
+    base = "score --in_parts Extract/job001/particles.star --threshold 0.5 --o"
+    for folder, weights in (("a", "model"), ("b", "other"), ("c", "model other")):
+        words = f"{base} {folder} --weights " + " ".join(
+            f"{w}.safetensors" for w in weights.split()
+        )
+        assert job.main(words.split()) == 0
+    scores = [np.loadtxt(f"{folder}/scores.csv", delimiter=",")[:, 1] for folder in "abc"]
+    assert np.allclose((scores[0] + scores[1]) / 2, scores[2], atol=1.1e-4)
+
+
+def test_another_pixel_size_is_warned_of(trained, capsys):
+    star = Path("Extract/job001/particles.star")
+    words = f"score --o S/ --in_parts {star} --weights model.safetensors"
+    assert job.main(words.split()) == 0
+    assert "WARNING" not in capsys.readouterr().out
+    star.write_text(star.read_text().replace(" 3.000000 ", " 3.400000 "))
+    assert job.main(words.split()) == 0
+    assert (
+        "was trained at 3 Å/px (box 32 px), but optics group 1 has 3.4" in capsys.readouterr().out
+    )
