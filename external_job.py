@@ -8,7 +8,7 @@ that even an interpreter too old for the package leaves a message and RELION_JOB
 import os
 import sys
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.realpath(__file__))
 
 
 def fail(message):
@@ -27,9 +27,15 @@ if __name__ == "__main__":
         fail(
             "relion_cryofilter needs Python 3.10 or newer, but this is %s (%s). Name the right "
             "interpreter in the External tab: /path/to/env/bin/python %s"
-            % (sys.version.split()[0], sys.executable, os.path.abspath(__file__))
+            % (sys.version.split()[0], sys.executable, os.path.realpath(__file__))
         )
     sys.path.insert(0, HERE)
-    from relion_cryofilter.relion.job import main
-
+    try:
+        from relion_cryofilter.relion.job import main
+    except Exception as error:
+        fail(
+            "relion_cryofilter can't be loaded (%s: %s). external_job.py must stay in its folder "
+            "beside relion_cryofilter/, or the package be installed in %s."
+            % (type(error).__name__, error, sys.executable)
+        )
     sys.exit(main())

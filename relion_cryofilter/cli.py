@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import logging
 import re
 import sys
@@ -24,9 +25,9 @@ _METAVARS = {
     "number": "X",
     "text": "TEXT",
     "path": "PATH",
-    "paths": "PATH …",
-    "gpu": "[N,…]",
-    "integers": "N,N,…",
+    "paths": "PATH ...",
+    "gpu": "[N,...]",
+    "integers": "N,N,...",
     "threshold": "REQUEST",
 }
 _ALSO = {"job": "Write a job.star that fills in RELION's External tab."}
@@ -75,6 +76,8 @@ def split_mode(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """
     rest = [part for word in words for part in _mode_parts(word)]
     modes = [rest.pop(0)] if rest and not rest[0].startswith("-") else []
+    if modes == ["job"] and rest and rest[0] in MODES:
+        modes.append(rest.pop(0))
     while "--mode" in rest:
         place = rest.index("--mode")
         value = rest[place + 1 : place + 2]
@@ -99,6 +102,10 @@ def parse(words: Sequence[str]) -> Request:
     mode, rest = split_mode([_plain(word) for word in words])
     template, _, inner = (mode or "").partition(" ")
     if template == "job":
+        if words[0] != "job" or (inner and inner not in JOB_MODES):
+            raise UsageError(
+                f"{PROGRAM} job writes a job.star for {', '.join(JOB_MODES)}; found {mode!r}."
+            )
         request = _parse_mode(inner or "score", rest)
         return Request("job", request.options, {"mode": [inner or "score"], **request.given})
     return _parse_mode(mode or "score", rest)
@@ -139,6 +146,7 @@ def _parser_of(mode: str) -> _Parser:
         parser.add_argument(
             item.name if positional else f"--{item.name}",
             nargs="*",
+            action="extend" if item.metadata["kind"] in ("paths", "integers") else "store",
             help=(item.metadata["help"] + _default_text(item.default)).replace("%", "%%"),
             metavar=item.name.upper() if positional else _METAVARS[item.metadata["kind"]],
         )
@@ -158,10 +166,12 @@ def _refuse_unknown(mode: str, unknown: list[str]) -> None:
     if not word.startswith("-"):
         raise UsageError(f"Found {' '.join(unknown)!r} where an option (--name) was expected.")
     name = word.lstrip("-").partition("=")[0]
+    known = [item.name for item in fields(MODES[mode])]
+    if name in known:
+        raise UsageError(f"Found {word!r}; options begin with two dashes: --{name}.")
     owners = [other for other, kind in MODES.items() if name in {f.name for f in fields(kind)}]
     if owners:
         raise UsageError(f"--{name} is an option of {' and '.join(owners)}, not of {mode}.")
-    known = [item.name for item in fields(MODES[mode])]
     raise UsageError(f"There is no option --{name} in {mode}. {_suggest(name, known, '--')}")
 
 
@@ -218,6 +228,10 @@ class _LineFormatter(logging.Formatter):
 
 
 def _start_log(options: Options) -> None:
+    logging.raiseExceptions = False  # a terminal that went away is no reason to stop a job
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     log = logging.getLogger(PROGRAM)
     for handler in list(log.handlers):
         log.removeHandler(handler)

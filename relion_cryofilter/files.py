@@ -37,9 +37,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` through `replacing`."""
+    """Write `text` (UTF-8; bytes of odd file names as they were) to `path` through `replacing`."""
     with replacing(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))
 
 
 def _umask() -> int:

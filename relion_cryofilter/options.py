@@ -43,14 +43,9 @@ class Options:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = getattr(self, item.name)
-            if item.metadata["kind"] == "path" and value is not None:
-                object.__setattr__(self, item.name, Path(value))
-            elif item.metadata["kind"] == "paths":
-                object.__setattr__(self, item.name, _as_paths(value))
-            elif item.metadata["kind"] == "threshold" and isinstance(value, str | float | int):
-                object.__setattr__(self, item.name, ThresholdRequest.parse(str(value)))
-            _check_limits(item, getattr(self, item.name))
+            value = _as_kind(item, getattr(self, item.name))
+            object.__setattr__(self, item.name, value)
+            _check_limits(item, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +87,10 @@ class ModelOptions(JobOptions):
     )
     model: str | None = option("Network of the models, to check them.", "text")
     f: int | None = option("Filters of the models, to check them.", "integer", low=1)
-    img_dim: int | None = option("Image size of the models in px, to check them.", "integer", low=1)
+    img_dim: int | None = option(
+        "Image size of the models in px: for Keras .h5 files that do not tell, else a check.",
+        "integer", low=1,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +186,9 @@ class ConvertOptions(Options):
     weights: Path | None = option("The Keras .h5 weights.", "path", positional=True)
     o: Path | None = option("The model file to write, e.g. model.safetensors.", "path")
     f: int | None = option("Filters, to check the file.", "integer", low=1)
-    img_dim: int = option("Network image size in px.", "integer", 28, low=8)
+    img_dim: int | None = option(
+        "Network image size in px, if the file does not tell; then 28.", "integer", low=8
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,20 +247,23 @@ def read_words(item: Field[Any], words: Sequence[str]) -> Any:
         ) from None
 
 
-def gpu_numbers(text: str) -> list[int] | None:
-    """Read ``--gpu`` in RELION's spellings: [] is no GPU, None all of them.
+def gpu_numbers(text: str | None) -> list[int] | None:
+    """Read ``--gpu`` in RELION's spellings: [] is no GPU (or no --gpu), None all of them.
 
     Examples
     --------
     >>> gpu_numbers("0:1"), gpu_numbers("cpu"), gpu_numbers(",")
     ([0, 1], [], None)
     """
-    words = [word for word in re.split(r"[,:;\s]+", text.strip().strip("\"'").lower()) if word]
+    if text is None:
+        return []
+    plain = text.strip().strip("\"'").lower().replace("cuda:", "")
+    words = [word for word in re.split(r"[,:;\s]+", plain) if word]
     if words in (["cpu"], ["none"], ["no"], ["false"], ["-1"]):
         return []
     if not words or words in ([ALL_GPUS], ["gpu"], ["cuda"], ["yes"], ["true"]):
         return None
-    return sorted({int(word.removeprefix("cuda")) for word in words})
+    return sorted({int(word) for word in words})
 
 
 def _read_flag(text: str) -> bool:
@@ -278,6 +281,20 @@ def _read_gpu(text: str) -> str:
 
 def _read_integers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in re.split(r"[,;\s]+", text.strip("\"'")) if word)
+
+
+def _as_kind(item: Field[Any], value: Any) -> Any:
+    """Read what a Python caller gives: text as on the command line, and natural types."""
+    kind = item.metadata["kind"]
+    if kind == "paths":
+        return _as_paths(value)
+    if kind == "integers":
+        return tuple(value) if not isinstance(value, str) else read_words(item, [value])
+    if kind == "gpu" and isinstance(value, int | list | tuple):
+        value = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    if kind == "threshold" and isinstance(value, int | float):
+        value = str(value)
+    return read_words(item, [value]) if isinstance(value, str) and kind != "text" else value
 
 
 def _as_paths(value: Any) -> tuple[Path, ...]:

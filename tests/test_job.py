@@ -69,7 +69,8 @@ def test_scores_in_star_and_csv_agree_and_decide(project):
     label = ["rlnParticleFigureOfMerit"]
     values = np.array([float(v) for (v,) in columns(particles.star, particles.loop, label)])
     lines = Path(JOB, "scores.csv").read_text().splitlines()
-    assert lines == [f"{row}, {value:.4f}" for row, value in enumerate(values)]
+    assert [int(line.split(", ")[0]) for line in lines] == list(range(48))
+    assert np.allclose([float(line.split(", ")[1]) for line in lines], values, atol=5.1e-5)
     accepted = read_particles(Path(JOB, "particles_accepted.star"))
     kept = [float(v) for (v,) in columns(accepted.star, accepted.loop, label)]
     assert kept == [value for value in values if value >= 0.3]
@@ -94,22 +95,25 @@ def test_nothing_to_accept_is_neither_written_nor_registered(project):
         ("--weights nowhere.h5", "nowhere.h5"),
         ("--model roberts", "--model is roberts, but model.safetensors has straight"),
         ("--img_dim 64", "--img_dim is 64, but model.safetensors has 28"),
-        ("--score_label rlnMicrographName", "would overwrite RELION's column"),
+        ("--score_label rlnMicrographName", "RELION keeps something else in columns"),
+        ("--score_label loop_", "expected a label like rlnParticleFigureOfMerit"),
+        ("--out_file External", "is a folder or another result"),
+        ("-j 1", "options begin with two dashes: --j"),
         ("--o Extract/job001/", "would overwrite the input"),
     ],
 )
 def test_a_bad_option_leaves_failure_and_one_sentence(project, more, message):
     before = {path: path.read_bytes() for path in Path("Extract").rglob("*") if path.is_file()}
     done = run(score_words(more))
-    folder = "Extract/job001/" if "Extract" in more else JOB
     if message is None:
-        assert outcome(folder) == ["SUCCESS"]
+        assert outcome() == ["SUCCESS"]
         return
     assert done.returncode != 0
     assert message in done.stderr
     assert done.stderr.startswith("ERROR: ")
     assert "Traceback" not in done.stderr
-    assert outcome(folder) == ["FAILURE"]
+    assert outcome() == ([] if "Extract" in more else ["FAILURE"])
+    assert not list(Path("Extract").rglob("RELION_JOB_EXIT_*"))
     assert not any(Path(JOB, name).exists() for name in RESULTS)
     assert before == {path: path.read_bytes() for path in before}
 
@@ -118,18 +122,96 @@ def test_a_missing_stack_fails_before_anything_is_written(project):
     Path("Extract/job001/Mics/mic1.mrcs").unlink()
     done = run(score_words())
     assert outcome() == ["FAILURE"]
-    assert "12 of 48 images can't be used: 12 stack can't be read" in done.stderr
+    assert "12 of 48 images can't be used: 12 in stacks that can't be read" in done.stderr
     assert not any(Path(JOB, name).exists() for name in RESULTS)
     assert run(score_words("--skip_bad")).returncode == 0
     assert outcome() == ["SUCCESS"]
     assert len(Path(JOB, "bad_images.csv").read_text().splitlines()) == 13
+    assert run(score_words("--skip_bad --threshold 0")).returncode == 0
+    assert len(read_particles(Path(JOB, "particles_rejected.star"))) == 12
+
+
+def test_nothing_but_bad_images_is_a_failure(project):
+    for stack in Path("Extract/job001/Mics").iterdir():
+        stack.unlink()
+    done = run(score_words("--skip_bad --features"))
+    assert outcome() == ["FAILURE"]
+    assert "No image is left. Check the working directory" in done.stderr
+    assert not any(Path(JOB, name).exists() for name in [*RESULTS, "features.npy"])
+
+
+def test_what_an_earlier_run_left_is_removed(project):
+    Path(JOB).mkdir(parents=True)
+    Path(JOB, ".features.npy.abc.part").touch()
+    assert job.main(score_words("--features").split()) == 0
+    assert Path(JOB, "features.npy").exists()
+    assert job.main(score_words().split()) == 0
+    assert not Path(JOB, "features.npy").exists()
+    assert not list(Path(JOB).glob(".*.part"))
+
+
+def raising(error):
+    def broken(*_):
+        raise error
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("numpy: wrong version", name="numpy"), "PYTHONPATH=/relion/lib may bring in"),
+        (OSError("libcudart.so.12: cannot open shared object"), "-E external_job.py"),
+        (OSError(28, "No space left on device"), "Check the disk, the memory"),
+        (KeyboardInterrupt(), "Ended by the keyboard"),
+    ],
+)
+def test_a_broken_environment_is_told_from_a_bug(project, monkeypatch, capsys, error, message):
+    monkeypatch.setenv("PYTHONPATH", "/relion/lib")
+    monkeypatch.setattr("relion_cryofilter.commands.run", raising(error))
+    assert job.main(score_words().split()) != 0
+    text = capsys.readouterr().err
+    assert message in text
+    assert "Traceback" not in text
+    assert outcome() == ["FAILURE"]
+
+
+def test_a_shim_that_lost_its_package_leaves_failure(project, tmp_path_factory):
+    alone = tmp_path_factory.mktemp("alone")
+    shutil.copy(SHIM, alone)
+    Path(JOB).mkdir(parents=True)
+    command = [sys.executable, "-S", "-E", str(alone / "external_job.py"), "--o", JOB]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=project)
+    assert outcome() == ["FAILURE"]
+    assert "relion_cryofilter can't be loaded" in done.stderr
+
+
+def test_a_shim_found_through_a_link_finds_its_package(project, tmp_path_factory):
+    link = tmp_path_factory.mktemp("link") / "job.py"
+    link.symlink_to(SHIM)
+    command = [sys.executable, str(link), *score_words().split()]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(project, capsys):
+    Path("afile").touch()
+    assert job.main(score_words("--o afile/sub/").split()) == 1
+    text = capsys.readouterr().err
+    assert text.count("ERROR") == 1
+    assert "Traceback" not in text
+
+
+def test_the_folder_of_another_relion_job_is_not_touched(project):
+    other = Path("Class2D/job005")
+    other.mkdir(parents=True)
+    (other / "job.star").write_text("data_job\n\n_rlnJobType     8\n")
+    (other / job.SUCCESS).touch()
+    job.main(["score", "--thresold", "1", "--o", "Class2D/job005/"])
+    assert sorted(path.name for path in other.iterdir()) == [job.SUCCESS, "job.star"]
 
 
 def test_a_bug_leaves_failure_and_a_traceback(project, monkeypatch, capsys):
-    def broken(*_):
-        raise ZeroDivisionError("oh")
-
-    monkeypatch.setattr("relion_cryofilter.commands.RECIPES", {"score": broken})
+    monkeypatch.setattr("relion_cryofilter.commands.run", raising(ZeroDivisionError("oh")))
     assert job.main(score_words().split()) == 1
     error = capsys.readouterr().err
     assert "This is a bug in relion_cryofilter" in error
@@ -260,6 +342,8 @@ def test_plain_stacks_are_scored_as_in_2020(project, capsys):
         ("convert w.h5 --o model.safetensors", None),
         ("job --mode score --o job.star", None),
         ("--in_parts a.star", None),
+        ("--in_parts Extract/job001/particles.star --o Extract/job001", None),
+        ("--o my out/ --j 1", "my out/"),
         ("--o", None),
         ("scoer --o External/job012/", "External/job012/"),
     ],
@@ -310,6 +394,19 @@ def test_a_template_is_checked_like_a_job(project, capsys):
     assert job.main(["job", "--mode", "score", "--thresold", "1"]) == 2
     assert "Did you mean --threshold?" in capsys.readouterr().err
     assert not Path("job.star").exists()
+
+
+def test_a_template_goes_where_it_is_told(project):
+    assert job.main(["job", "score", "--o", "sub/", "--weights", "--tta"]) == 0
+    text = Path("sub/job.star").read_text()
+    assert "weights" not in text
+    assert "param2_label tta\nparam2_value Yes\n" in text
+    assert not Path(".gui_externaljob.star").exists()
+
+
+def test_a_template_cannot_hold_quotes(project, capsys):
+    assert job.main(["job", "--mode", "score", "--weights", 'a"b']) == 2
+    assert "can't hold a quote" in capsys.readouterr().err
 
 
 def test_a_template_quotes_what_has_spaces():

@@ -150,9 +150,9 @@ def test_numbers_of_micrographs_need_not_be_consecutive():
 
 def test_a_large_set_is_measured_in_seconds_with_fewer_resamples(monkeypatch):
     labels, scores, groups = made_set(20_000, 100)
-    start = time.perf_counter()
+    start = time.process_time()
     assert evaluate(labels, scores, groups, 0.5).resamples == 1000
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     monkeypatch.setattr(metrics, "MAX_DRAWN_IMAGES", 20_000 * 300)
     assert evaluate(labels, scores, groups, 0.5).resamples == 300
     monkeypatch.setattr(metrics, "MAX_DRAWN_IMAGES", 1)

@@ -93,7 +93,9 @@ def test_nan_and_blank_images_fail_the_job_with_their_names(project):
     names = spoil(project)
     with pytest.raises(ImageError) as caught:
         run(project / "Extract/job001/particles.star", making.tiny_model())
-    assert "3 of 48 images can't be used: 2 NaN or infinite values; 1 blank" in str(caught.value)
+    assert "3 of 48 images can't be used: 2 with NaN or infinite values; 1 blank" in str(
+        caught.value
+    )
     assert all(name in str(caught.value) for name in names)
 
 
@@ -115,7 +117,9 @@ def test_skip_bad_scores_them_zero_and_leaves_the_others_alone(project):
 def test_a_missing_stack_fails_before_anything_is_read(project, monkeypatch):
     (project / "Extract/job001/Mics/mic2.mrcs").unlink()
     monkeypatch.setattr("relion_cryofilter.nn.pipeline.StackReader", None)
-    with pytest.raises(ImageError, match="12 of 48 images can't be used: 12 stack can't be read"):
+    with pytest.raises(
+        ImageError, match="12 of 48 images can't be used: 12 in stacks that can't be read"
+    ):
         run(project / "Extract/job001/particles.star", making.tiny_model())
 
 

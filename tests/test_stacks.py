@@ -129,7 +129,7 @@ def test_missing_past_end_and_truncated_images_are_named_with_counts(tmp_path, m
     with pytest.raises(ImageError) as caught:
         bad.refuse()
     text = str(caught.value)
-    assert "9 of 15 images can't be used: 5 stack can't be read; 2 index past the end" in text
+    assert "9 of 15 images can't be used: 5 in stacks that can't be read; 2 past the end" in text
     assert "row 5 (line 8): 000005@a.mrcs: a.mrcs holds 4 images but image 5 is asked for" in text
     assert "b.mrcs is truncated: its header says 4 images, the file holds 2" in text
     assert "--skip_bad" in text

@@ -77,6 +77,8 @@ def test_a_row_keeps_its_bytes_and_gets_one_token_in_relions_layout(tmp_path):
         HEAD + "1@a.mrcs 300\n\n# version 30001\n\ndata_optics\n\nloop_\n_rlnOpticsGroup #1\n1\n\n",
         "# version 50001\n\ndata_optics\n\nloop_\n_rlnOpticsGroup\n1\n\n" + HEAD + "1@a 1\n",
         b"data_particles\nloop_\n_rlnImageName\n1@\xff\xfe.mrcs\n",
+        b"\xef\xbb\xbf" + HEAD.encode() + b"1@a 1\n",
+        "data_particles\n\nloop_ # comment\n_rlnImageName\n1@a.mrcs\n",
     ],
 )
 def test_taking_the_score_away_gives_the_input_back(tmp_path, text):
@@ -124,9 +126,20 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
     ("text", "message"),
     [
         (HEAD + "1@a 1\n\n2@a 1\n", r"a.star, line 7: a blank or # line.*line 8.*RELION stops"),
-        (HEAD + "1@a 1\n# hm\n2@a 1\n", r"a.star, line 7: a blank or # line"),
-        (HEAD.replace("\n", "\r\n") + "1@a 1\r\n", r"line 1: found a Windows line end.*dos2unix"),
-        (HEAD + "1@a 1\r\n", r"line 6: found a Windows line end"),
+        (HEAD + "1@a 1\n# hm\n2@a 1\n", r"a.star, line 7: a blank or # line inside"),
+        (HEAD.replace("\n", "\r\n") + "1@a 1\r\n", r"line 1: found a carriage return.*dos2unix"),
+        (HEAD + "1@a 1\r\n", r"line 6: found a carriage return"),
+        (HEAD + "1@a 1\n# end\n", r"line 7: '#' stands right after a row of data_particles"),
+        (HEAD + "1@a 1\ndata_x\n", r"line 7: 'data_x' stands right after a row.*empty line"),
+        (
+            "data_optics\nloop_\n_rlnOpticsGroup\n1\n" + HEAD + "1@a 1\n",
+            r"line 5: 'data_particles' stands right after a row of data_optics",
+        ),
+        (HEAD + "1@a 'x\n", r"line 6: the quote of 'x is not closed"),
+        (
+            "data_general\n_rlnTomoSubTomosAre2DStacks\t1\n\n" + HEAD + "1@a 1\n",
+            r"subtomograms",
+        ),
         (HEAD.replace("Name #1", "Name#1") + "1@a 1\n", r"line 4: the label _rlnImageName#1 is gl"),
         (HEAD + "_rlnVoltage #3\n1@a 1 1\n", r"line 6: the label _rlnVoltage stands there twice"),
         (HEAD + "1@a 1 2\n", r"line 6: 3 values, but data_particles has 2 labels"),
@@ -144,7 +157,7 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
             r"rlnImageDimensionality is 3",
         ),
         (HEAD.replace("particles", "a") + "1@a 1\n\n" + HEAD.replace("particles", "b") + "1@a 1\n",
-         r"2 loops hold _rlnImageName \(data_a, data_b\)"),
+         r"2 loops hold _rlnImageName \(data_a, data_b\); expected one"),
     ],
 )  # fmt: skip
 def test_what_relion_would_misread_is_refused_with_line_and_cure(tmp_path, text, message):

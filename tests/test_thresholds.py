@@ -20,6 +20,7 @@ from relion_cryofilter.results.thresholds import (
     choose_threshold,
 )
 
+unhurried = settings(deadline=None)  # other work may run beside the tests
 fractions = st.one_of(
     st.integers(1, 100).map(lambda percent: percent / 100),
     st.floats(0, 1, exclude_min=True, allow_subnormal=False),
@@ -82,6 +83,7 @@ def test_a_request_is_read_as_users_write_it(text, kind, value, canonical):
     assert str(request) == canonical
 
 
+@unhurried
 @given(st.sampled_from(["score", "recall", "precision", "keep"]), fractions)
 def test_the_text_of_a_request_reads_back_as_the_same_request(kind, value):
     request = ThresholdRequest(kind, value)
@@ -118,6 +120,7 @@ def test_reading_a_request_does_not_wait_for_numpy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@unhurried
 @given(scored_sets(), fractions)
 def test_recall_is_reached_and_no_higher_threshold_reaches_it(labelled, value):
     labels, scores = labelled
@@ -128,6 +131,7 @@ def test_recall_is_reached_and_no_higher_threshold_reaches_it(labelled, value):
     assert np.mean(scores[labels] >= round(threshold + 1e-6, 6)) < value
 
 
+@unhurried
 @given(scored_sets(), fractions)
 def test_precision_is_reached_or_the_best_is_named(labelled, value):
     labels, scores = labelled
@@ -141,6 +145,7 @@ def test_precision_is_reached_or_the_best_is_named(labelled, value):
         assert labels[known >= threshold].mean() >= value
 
 
+@unhurried
 @given(scored_sets(), fractions)
 def test_precision_of_filed_scores_is_as_scikit_learn_finds_it(labelled, value):
     labels, scores = labelled
@@ -157,6 +162,7 @@ def test_precision_of_filed_scores_is_as_scikit_learn_finds_it(labelled, value):
             choose_threshold(request, scores, labels)
 
 
+@unhurried
 @given(scored_sets(), fractions)
 def test_the_share_asked_for_is_kept_and_not_one_particle_more_but_ties(labelled, value):
     scores = labelled[1]
@@ -167,6 +173,7 @@ def test_the_share_asked_for_is_kept_and_not_one_particle_more_but_ties(labelled
     assert np.mean(scores >= round(threshold + 1e-6, 6)) < value
 
 
+@unhurried
 @given(scored_sets(), st.integers(1, 80))
 def test_the_number_asked_for_is_accepted_and_not_one_more_but_ties(labelled, number):
     scores = labelled[1]
@@ -229,7 +236,7 @@ def curve_of(labels, scores):
     return OperatingCurve.from_scores(labels, scores, np.zeros(len(labels), int))
 
 
-@settings(max_examples=30)
+@settings(unhurried, max_examples=30)
 @given(scored_sets(), fractions)
 def test_the_curve_of_a_small_set_is_the_set(labelled, value):
     labels, scores = labelled

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,11 @@ def _make_project(project: Path) -> None:
     if project.exists() and (not project.is_dir() or any(project.iterdir())):
         raise UsageError(f"{project} exists and is not a demo project. Name a new folder.")
     log.info("Simulating a RELION project in %s …", project)
-    simulate_project(project, n_micrographs=10, particles_per_micrograph=100, seed=SEED)
+    project.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{project.name}.", dir=project.parent) as folder:
+        made = Path(folder) / "project"
+        simulate_project(made, n_micrographs=10, particles_per_micrograph=100, seed=SEED)
+        made.replace(project)
 
 
 def _run_job(words: list[str], project: Path) -> None:

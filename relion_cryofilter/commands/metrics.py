@@ -68,7 +68,7 @@ def metrics(
         models,
         Progress(len(labelled), "particles scored", abort_requested),
         threads=options.threads,
-        devices=choose_devices(gpu_numbers(options.gpu) if options.gpu else []),
+        devices=choose_devices(gpu_numbers(options.gpu)),
         batch_size=options.batch_size,
         tta=options.tta,
         skip_bad=options.skip_bad,

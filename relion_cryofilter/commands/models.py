@@ -10,7 +10,8 @@ import numpy as np
 
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.errors import UsageError
-from relion_cryofilter.nn.checkpoint import Model, load_model
+from relion_cryofilter.nn.checkpoint import Model, is_keras, load_model
+from relion_cryofilter.nn.keras import import_keras
 from relion_cryofilter.options import ModelOptions
 from relion_cryofilter.results.thresholds import (
     OperatingCurve,
@@ -36,6 +37,11 @@ def read_models(options: ModelOptions) -> list[Model]:
     paths = options.weights or (BUNDLED_MODEL,)
     models = []
     for path in paths:
+        if is_keras(path):
+            models.append(
+                import_keras(path, f=options.f, dim=options.img_dim, network=options.model)
+            )
+            continue
         model = load_model(path)
         network = model.network
         found = {"model": network.name, "img_dim": network.dim, "f": network.kwargs.get("f")}

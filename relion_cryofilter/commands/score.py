@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +53,15 @@ def score(
     Aborted
         `abort_requested` said True; nothing was written.
     """
-    folder, csv_path = _places(options)
+    places = _places(options)
     particles = _read_input(options)
     models = read_models(options)
     check_pixel_size(models, particles)
-    devices = choose_devices(gpu_numbers(options.gpu) if options.gpu else [])
+    devices = choose_devices(gpu_numbers(options.gpu))
     _announce(particles, models, options)
+    for folder in (places.star, places.csv.parent, places.extras):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     scores = score_particles(
         particles,
         models,
@@ -65,47 +70,67 @@ def score(
         devices=devices,
         batch_size=options.batch_size,
         tta=options.tta,
-        features_path=csv_path.parent / FEATURES if options.features else None,
+        features_path=places.extras / FEATURES if options.features else None,
         skip_bad=options.skip_bad,
     )
     values = np.round(scores.values, 6)
     threshold, reason = resolve_threshold(options.threshold, models, values)
     accepted = values >= threshold
+    accepted[scores.bad.rows] = False
     outputs: tuple[Output, ...] = ()
-    if folder is not None and particles.star is not None and particles.loop is not None:
+    if places.star is not None and particles.star is not None and particles.loop is not None:
         label = options.score_label.removeprefix("_")
         outputs = write_all_with_scores(
-            folder, particles.star, particles.loop, accepted, label, values
+            places.star, particles.star, particles.loop, accepted, label, values
         )
-    _write_scores_csv(csv_path, values)
-    _write_bad_images(csv_path.parent / BAD_IMAGES, scores.bad)
+        _remove_stale(places.star, options, scores.bad)
+    _write_scores_csv(places.csv, scores.values)
+    if len(scores.bad):
+        scores.bad.write_csv(places.extras / BAD_IMAGES)
+        log.warning(
+            "%s\nThey are scored 0, rejected, and listed in %s.",
+            scores.bad.summary(), places.extras / BAD_IMAGES,
+        )  # fmt: skip
     log.info("Threshold %g (%s).", threshold, reason)
     log.info(
         "Scored %s particles in %s (%s/s): %s.",
         f"{len(values):,}", duration(scores.seconds),
         f"{len(values) / max(scores.seconds, 1e-9):,.0f}", describe_counts(accepted),
     )  # fmt: skip
-    log.info("Results are in %s/", csv_path.parent)
+    log.info("Results are in %s/", places.extras)
     return outputs
 
 
-def _places(options: ScoreOptions) -> tuple[Path | None, Path]:
-    """Return the results' folder and the path of scores.csv."""
+@dataclass(frozen=True)
+class _Places:
+    """Where results go: the STAR files (None without --o), scores.csv, and everything else."""
+
+    star: Path | None
+    csv: Path
+    extras: Path
+
+
+def _places(options: ScoreOptions) -> _Places:
     if (options.in_parts is None) == (not options.mrc):
         raise UsageError("Give either --in_parts particles.star or --mrc a.mrcs b.mrcs.")
     if options.o is None and options.out_file is None:
         raise UsageError("Say where the results go: --o FOLDER/, or --out_file scores.csv.")
-    folder = options.o
-    csv_path = options.out_file or Path(folder or "") / SCORES_CSV
-    names = (ALL, ACCEPTED, REJECTED) if folder else ()
-    refuse_to_overwrite(
-        (options.in_parts, *options.weights, *options.mrc),
-        (csv_path, *[Path(folder or "") / name for name in names]),
-    )
-    for place in (folder, csv_path.parent):
-        if place is not None:
-            place.mkdir(parents=True, exist_ok=True)
-    return folder, csv_path
+    csv = options.out_file or Path(options.o or "") / SCORES_CSV
+    extras = options.o or csv.parent
+    names = (FEATURES, BAD_IMAGES, *((ALL, ACCEPTED, REJECTED) if options.o else ()))
+    others = [extras / name for name in names]
+    if csv.is_dir() or os.path.realpath(csv) in map(os.path.realpath, others):
+        raise UsageError(f"--out_file {csv} is a folder or another result. Name a .csv file.")
+    refuse_to_overwrite((options.in_parts, *options.weights, *options.mrc), (csv, *others))
+    return _Places(options.o, csv, extras)
+
+
+def _remove_stale(folder: Path, options: ScoreOptions, bad: BadImages) -> None:
+    """Remove what an earlier run left in the job's folder and this one does not write."""
+    if not options.features:
+        (folder / FEATURES).unlink(missing_ok=True)
+    if not len(bad):
+        (folder / BAD_IMAGES).unlink(missing_ok=True)
 
 
 def _read_input(options: ScoreOptions) -> ParticleSet:
@@ -114,16 +139,20 @@ def _read_input(options: ScoreOptions) -> ParticleSet:
     if options.in_parts.suffix in (".mrcs", ".mrc"):
         raise UsageError(f"{options.in_parts} is an image stack. Give it as --mrc, not --in_parts.")
     particles = read_particles(options.in_parts)
-    label = options.score_label.removeprefix("_")
-    assert particles.loop is not None
-    if not label.isidentifier():
-        raise UsageError(f"--score_label is {label!r}; expected a label like {SCORE_LABEL}.")
-    if label in particles.loop.labels and label.startswith("rln") and label != SCORE_LABEL:
-        raise UsageError(
-            f"--score_label {label} would overwrite RELION's column of that name in "
-            f"{options.in_parts}. Choose {SCORE_LABEL} or a name of your own."
-        )
+    _check_label(options.score_label.removeprefix("_"))
     return particles
+
+
+def _check_label(label: str) -> None:
+    """Refuse labels that aren't any, and those in which RELION keeps something else."""
+    if not (label.isascii() and label.isidentifier()) or label.startswith(("loop_", "data_")):
+        raise UsageError(f"--score_label is {label!r}; expected a label like {SCORE_LABEL}.")
+    own = any(word in label.lower() for word in ("score", "cryofilter"))
+    if label.startswith("rln") and label != SCORE_LABEL and not own:
+        raise UsageError(
+            f"--score_label {label}: RELION keeps something else in columns that begin with rln. "
+            f"Choose {SCORE_LABEL}, or a name of your own such as cryofilterScore."
+        )
 
 
 def _announce(particles: ParticleSet, models: Sequence[Model], options: ScoreOptions) -> None:
@@ -145,11 +174,3 @@ def _announce(particles: ParticleSet, models: Sequence[Model], options: ScoreOpt
 def _write_scores_csv(path: Path, values: np.ndarray) -> None:
     """Write lines ``0, 0.0320`` in input order, as the 2020 program did."""
     write_text(path, "".join(f"{row}, {value:.4f}\n" for row, value in enumerate(values.tolist())))
-
-
-def _write_bad_images(path: Path, bad: BadImages) -> None:
-    if not len(bad):
-        path.unlink(missing_ok=True)
-        return
-    bad.write_csv(path)
-    log.warning("%s\nThey are scored 0 and listed in %s.", bad.summary(), path)

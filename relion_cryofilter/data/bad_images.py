@@ -15,10 +15,10 @@ from relion_cryofilter.data.stacks import StackHeader, read_header
 from relion_cryofilter.errors import ImageError
 from relion_cryofilter.files import write_text
 
-MISSING = "stack can't be read"
-PAST_END = "index past the end of the stack"
-TRUNCATED = "stack is truncated before this image"
-NOT_FINITE = "NaN or infinite values"
+MISSING = "in stacks that can't be read"
+PAST_END = "past the end of their stack"
+TRUNCATED = "beyond where their stack is truncated"
+NOT_FINITE = "with NaN or infinite values"
 CONSTANT = "blank (all pixels equal)"
 _NAMED = 5
 
@@ -50,7 +50,9 @@ class BadImages:
         for row in self.rows[:_NAMED].tolist():
             reason, detail = self._reasons[row]
             image = self._particles.image_name(row)
-            lines.append(f"  {self._particles.place(row)}: {image}: {detail or reason}")
+            place = self._particles.place(row)
+            where = image if place == image else f"{place}: {image}"
+            lines.append(f"  {where}: {detail or reason}")
         if len(self) > _NAMED:
             lines.append(f"  … and {len(self) - _NAMED:,} more")
         return "\n".join(lines)
@@ -61,6 +63,13 @@ class BadImages:
             raise ImageError(
                 f"{self.summary()}\nCheck that the stacks belong to this input, or extract them "
                 "again; --skip_bad scores such images 0 and lists them in bad_images.csv."
+            )
+
+    def refuse_if_all(self) -> None:
+        """Raise an ImageError if no image is left, which is no result to go on with."""
+        if len(self) == len(self._particles):
+            raise ImageError(
+                f"{self.summary()}\nNo image is left. Check the working directory and the stacks."
             )
 
     def write_csv(self, path: Path) -> None:
@@ -92,7 +101,7 @@ def check_stacks(particles: ParticleSet) -> tuple[list[StackHeader | None], BadI
             problems.append("")
         except ImageError as error:
             headers.append(None)
-            problems.append(str(error))
+            problems.append(str(error).partition(". ")[0])
     bad = BadImages(particles)
     said = np.array([header.n_images if header else 0 for header in headers], np.int64)
     held = np.array([header.n_complete if header else 0 for header in headers], np.int64)

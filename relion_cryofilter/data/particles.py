@@ -23,7 +23,13 @@ from relion_cryofilter.data.star_labels import (
     MICROGRAPH_NAME,
     OPTICS_GROUP,
 )
-from relion_cryofilter.errors import StarError
+from relion_cryofilter.errors import ImageError, StarError
+
+_MOST_IMAGES = 10_000_000
+"""More missing images than this are a damaged header, not a truncated stack."""
+
+_LARGEST_INDEX = 2**31 - 1
+"""RELION and the MRC header count images with 32 bits."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,9 @@ def parse_image_name(name: str) -> tuple[int, str]:
     number, at, path = name.partition("@")
     if not at:
         number, path = "1", name
-    if not number.isdecimal() or int(number) < 1 or not path:
+    if not (number.isascii() and number.isdecimal()) or not path:
+        raise ValueError(name)
+    if not 1 <= int(number) <= _LARGEST_INDEX:
         raise ValueError(name)
     stem, colon, suffix = path.rpartition(":")
     if colon and suffix in ("mrcs", "mrc"):
@@ -132,7 +140,7 @@ def parse_image_name(name: str) -> tuple[int, str]:
     return int(number) - 1, path
 
 
-def read_particles(path: Path) -> ParticleSet:
+def read_particles(path: str | Path) -> ParticleSet:
     """Read the particles of a STAR file, streaming.
 
     Raises
@@ -140,6 +148,7 @@ def read_particles(path: Path) -> ParticleSet:
     StarError
         The file is one that RELION or this program would misread; the message says why.
     """
+    path = Path(path)
     star = star_text.read_star(path)
     loop = star_text.particle_loop(star)
     optics_table = _read_optics(star)
@@ -156,7 +165,7 @@ def read_particles(path: Path) -> ParticleSet:
         ids[row] = (
             stacks.number(stack),
             micrographs.number(name),
-            groups_seen.number(group[0]) if has_optics else 0,
+            groups_seen.number(_group_name(group[0])) if has_optics else 0,
         )
     _check_groups(star, loop, list(groups), groups_seen.names, ids[:, 2])
     root = project_root(path, stacks.names[0])
@@ -184,10 +193,17 @@ def particles_of_stacks(paths: Sequence[Path]) -> ParticleSet:
     ImageError
         A stack is missing or not an MRC file.
     """
-    counts = [read_header(path).n_images for path in paths]
+    headers = [read_header(path) for path in paths]
+    for header in headers:
+        if header.n_images > _MOST_IMAGES + header.n_complete:
+            raise ImageError(
+                f"{header.path}: its header says {header.n_images:,} images, the file holds "
+                f"{header.n_complete:,}. The file is damaged; copy or extract it again."
+            )
+    counts = [header.n_images for header in headers]
     stack_of = np.repeat(np.arange(len(paths), dtype=np.int32), counts)
     index = np.concatenate([np.arange(count, dtype=np.int64) for count in counts])
-    pixel_size = read_header(paths[0]).pixel_size_angstrom
+    pixel_size = headers[0].pixel_size_angstrom
     names = tuple(map(str, paths))
     return ParticleSet(
         source=" ".join(names),
@@ -292,12 +308,18 @@ def _read_optics(star: StarFile) -> dict[str, OpticsGroup]:
     groups = {}
     for values in star_text.columns(star, loop, present):
         row = dict(zip(present, values))
-        name = row[OPTICS_GROUP]
+        name = _group_name(row[OPTICS_GROUP])
         box = _number(row.get(IMAGE_SIZE))
         groups[name] = OpticsGroup(
             name, _number(row.get(IMAGE_PIXEL_SIZE)), int(box) if box else None
         )
     return groups
+
+
+def _group_name(text: str) -> str:
+    """Return an optics group's number as RELION reads it: ``01`` and ``1.000000`` are ``1``."""
+    number = _number(text)
+    return str(int(number)) if number and number == int(number) else text
 
 
 def _pixel_size_relion30(star: StarFile, loop: Loop) -> float | None:

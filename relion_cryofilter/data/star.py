@@ -28,6 +28,7 @@ from relion_cryofilter.files import replacing
 _TOKEN = re.compile(
     rb"""(?<!\S)(?:"(?:[^"]|"(?=\S))*"(?=\s|$)|'(?:[^']|'(?=\S))*'(?=\s|$)|\#.*|\S+)""", re.VERBOSE
 )
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SPECIAL = re.compile(rb"[\"'#]")
 _TOMO_LABELS = ("rlnTomoParticleName", "rlnTomoParticleId", "rlnTomoVisibleFrames")
 _OPTIMISATION_SET_LABELS = ("rlnTomoParticlesFile", "rlnTomoTomogramsFile")
@@ -100,6 +101,7 @@ class _OpenLoop:
     first_line: int = 0
     n_rows: int = 0
     gap_line: int = 0
+    cut_off: bool = False
     fault: str | None = None
 
     def closed(self) -> Loop:
@@ -128,11 +130,13 @@ class _Scanner:
         for line in file:
             self.number += 1
             if b"\r" in line:
-                raise self.error("found a Windows line end (CR LF), which RELION misreads",
-                                 f"Convert the file, e.g. dos2unix {self.path.name}")  # fmt: skip
-            text = line.strip()
-            if not text or text.startswith(b"#"):
-                self._see_gap()
+                raise self.error(
+                    "found a carriage return (a Windows line end), which RELION misreads",
+                    f"Convert the file, e.g. dos2unix {self.path.name}",
+                )
+            text = line.removeprefix(_BYTE_ORDER_MARK).strip()
+            if not text:
+                self._see_blank()
             else:
                 self._see_text(line, text)
             self.offset += len(line)
@@ -144,25 +148,40 @@ class _Scanner:
         """Return a StarError that names the file and the current line."""
         return StarError(f"{self.path}, line {self.number}: {found}. {cure}.")
 
-    def _see_gap(self) -> None:
+    def _see_blank(self) -> None:
         if self.loop is not None and self.loop.n_rows and not self.loop.gap_line:
             self.loop.gap_line = self.number
 
     def _see_text(self, line: bytes, text: bytes) -> None:
-        if text.startswith(b"data_") and len(text.split()) == 1:
-            self.block, self.loop = text[5:].decode(errors="replace"), None
+        word = text.split(None, 1)[0]
+        structure = word.startswith((b"#", b"data_")) or word == b"loop_"
+        if structure and self.loop is not None:
+            self._see_end(self.loop, word)
+        if word.startswith(b"#"):
+            return
+        if word.startswith(b"data_"):
+            self.block, self.loop = word[5:].decode(errors="replace"), None
         elif self.block is None:
             raise self.error("found text before the first data_ block", "Give a STAR file")
-        elif text == b"loop_":
+        elif word == b"loop_":
             self.loop = _OpenLoop(self.block, labels_end=self.offset + len(line))
             self.loops.append(self.loop)
-        elif self.loop is not None and text.startswith(b"_") and not self.loop.n_rows:
+        elif self.loop is not None and word.startswith(b"_") and not self.loop.n_rows:
             self._see_label(self.loop, line, text)
         elif self.loop is not None:
             self._see_row(self.loop, line)
-        elif text.startswith(b"_"):
-            label, _, value = text[1:].partition(b" ")
-            self.pairs[label.decode(errors="replace")] = value.strip().decode(errors="replace")
+        elif word.startswith(b"_"):
+            value = text[len(word) :].strip()
+            self.pairs[word[1:].decode(errors="replace")] = value.decode(errors="replace")
+
+    def _see_end(self, loop: _OpenLoop, word: bytes) -> None:
+        """Note a comment or a block right after the last row: RELION takes it for a row."""
+        if loop.n_rows and not loop.gap_line:
+            loop.gap_line = self.number
+            loop.fault = (
+                f"line {self.number}: {word.decode(errors='replace')!r} stands right after a row "
+                f"of data_{loop.block}, and RELION takes it for one; put an empty line between"
+            )
 
     def _see_label(self, loop: _OpenLoop, line: bytes, text: bytes) -> None:
         words = text.split()
@@ -178,8 +197,9 @@ class _Scanner:
         loop.labels_end = self.offset + len(line)
 
     def _see_row(self, loop: _OpenLoop, line: bytes) -> None:
-        if loop.gap_line:
-            loop.fault = loop.fault or (
+        if loop.gap_line and not loop.cut_off:
+            loop.cut_off = True
+            loop.fault = (
                 f"line {loop.gap_line}: a blank or # line inside the data, with rows after it "
                 f"(line {self.number}); RELION stops reading there"
             )
@@ -224,12 +244,13 @@ def particle_loop(star: StarFile) -> Loop:
     if len(loops) > 1 and len(named) != 1:
         blocks = ", ".join(f"data_{loop.block}" for loop in loops)
         raise StarError(
-            f"{star.path}: {len(loops)} loops hold _{IMAGE_NAME} ({blocks}). "
-            "Name one of them data_particles, or give a file with one."
+            f"{star.path}: {len(loops)} loops hold _{IMAGE_NAME} ({blocks}); expected one, or one "
+            "that is called data_particles. Split the file."
         )
     loop = named[0] if named else loops[0]
-    if loop.fault:
-        raise StarError(f"{star.path}, {loop.fault}. Mend the file, then run this again.")
+    for table in (star.loop("optics"), loop):
+        if table is not None and table.fault:
+            raise StarError(f"{star.path}, {table.fault}. Mend the file, then run this again.")
     if not loop.n_rows:
         raise StarError(f"{star.path}: data_{loop.block} has no rows, so there is nothing to do.")
     return loop
@@ -246,7 +267,8 @@ def _refuse_tomograms(star: StarFile) -> None:
     optics = star.loop("optics")
     if optics is None or IMAGE_DIMENSIONALITY not in optics.labels:
         return
-    if any(value == "3" for (value,) in columns(star, optics, [IMAGE_DIMENSIONALITY])):
+    values = {value for (value,) in columns(star, optics, [IMAGE_DIMENSIONALITY])}
+    if values & {"3", "3.0", "3.000000"}:
         raise StarError(
             f"{star.path}: {IMAGE_DIMENSIONALITY} is 3 in data_optics, so the images are "
             f"volumes. {cure}"
@@ -296,11 +318,22 @@ def columns(star: StarFile, loop: Loop, labels: Sequence[str]) -> Iterator[tuple
                 f"{width} labels. Mend the line, or make the file again with the program that "
                 "wrote it."
             )
+        if _SPECIAL.search(line):
+            _check_quotes(star, number, words)
         yield tuple([_unquoted(words[column]) for column in wanted])
 
 
+def _check_quotes(star: StarFile, number: int, words: Sequence[bytes]) -> None:
+    for word in words:
+        if word[:1] in (b'"', b"'") and (len(word) < 2 or word[-1:] != word[:1]):
+            raise StarError(
+                f"{star.path}, line {number}: the quote of {word.decode(errors='replace')} is not "
+                "closed, and RELION fails on it. Mend the line."
+            )
+
+
 def _unquoted(word: bytes) -> str:
-    if word[:1] in b"\"'" and len(word) > 1 and word[-1:] == word[:1]:
+    if word[:1] in (b'"', b"'") and len(word) > 1 and word[-1:] == word[:1]:
         word = word[1:-1]
     return os.fsdecode(word)
 

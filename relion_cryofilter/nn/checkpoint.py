@@ -180,7 +180,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         If the file is missing or can't be used; the message says why and what to do.
     """
     path = require_file(path)
-    if _is_hdf5(path):
+    if is_keras(path):
         from relion_cryofilter.nn.keras import import_keras
 
         return import_keras(path)
@@ -268,7 +268,7 @@ def _load_tensors(network: Network, tensors: dict[str, Tensor]) -> None:
     network.load_state_dict(tensors)
 
 
-def _is_hdf5(path: Path) -> bool:
+def is_keras(path: Path) -> bool:
     with path.open("rb") as file:
         signed = file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE
     return signed or path.suffix.lower() in (".h5", ".hdf5")

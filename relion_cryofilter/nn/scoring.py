@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.pipeline import find_faults, map_batches
 from relion_cryofilter.nn.preprocess import Preprocess
 from relion_cryofilter.progress import Progress
+
+log = logging.getLogger("relion_cryofilter")
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ def score_particles(
     if not skip_bad:
         bad.refuse()
     values = np.zeros(len(particles))
+    bad.refuse_if_all()
     rows = np.setdiff1d(np.arange(len(particles)), bad.rows, assume_unique=True)
     scorer = _Scorer(models, devices, tta, features_path is not None)
     batches = map_batches(scorer, particles, rows, headers, threads=threads, batch_size=batch_size)
@@ -92,11 +96,14 @@ def score_particles(
         for batch_rows, result in batches:
             values[batch_rows] = result.scores
             features.write(batch_rows, result.features)
+            if result.faults and not len(bad) and not skip_bad:
+                log.warning("Found images that can't be used; counting them all before stopping.")
             for reason, places in result.faults.items():
                 bad.add(batch_rows[places], reason)
             progress.step(len(batch_rows))
         values[bad.rows] = 0
         features.blank(bad.rows)
+        bad.refuse_if_all()
         if not skip_bad:
             bad.refuse()
     return Scores(values, bad, progress.seconds)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +30,9 @@ ABORT_NOW = "RELION_JOB_ABORT_NOW"
 PIPELINE_CHANGED = ".pipeline_has_changed"
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)
+
+
+_MEDDLERS = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")
 
 
 class Terminated(BaseException):
@@ -48,10 +53,12 @@ class JobFolder:
         self.path = Path(name)
 
     def open(self) -> None:
-        """Make the folder where it is missing and remove the exit files of an earlier run."""
+        """Make the folder; remove the exit files and unfinished files of an earlier run."""
         self.path.mkdir(parents=True, exist_ok=True)
         for name in (SUCCESS, FAILURE, ABORTED):
             (self.path / name).unlink(missing_ok=True)
+        for leftover in self.path.glob(".*.part"):
+            leftover.unlink()
 
     def abort_requested(self) -> bool:
         """Tell whether somebody chose "Abort running" in RELION's window."""
@@ -59,8 +66,7 @@ class JobFolder:
 
     def close(self, outcome: str) -> None:
         """Leave the exit file `outcome`, and wake up an open RELION 5 window."""
-        if outcome == ABORTED:
-            (self.path / ABORT_NOW).unlink(missing_ok=True)
+        (self.path / ABORT_NOW).unlink(missing_ok=True)
         (self.path / outcome).touch()
         project = find_project(Path()) or find_project(self.path)
         if project is not None:
@@ -71,19 +77,43 @@ class JobFolder:
 def output_folder(words: Sequence[str]) -> JobFolder | None:
     """Find the job's folder in unparsed words: the value of ``--o``, if it is that of a job.
 
-    ``convert`` writes a file to ``--o`` and ``job`` a template: these are no jobs.
+    None for commands that write a file to ``--o`` (``convert``, ``job``), and for a folder that
+    is not ours: of another kind of RELION job, or where the input is. Nothing is touched there.
     """
-    value = None
-    for word, following in zip(words, [*words[1:], ""]):
-        if word.startswith("--") and word.lstrip("-") == "o" and not following.startswith("--"):
-            value = following or value
-        elif word.startswith("--o="):
-            value = word[4:] or value
-    named = words[0] if words and not words[0].startswith("-") else "score"
-    no_job = named == "job" or (named in MODES and named not in JOB_MODES)
-    if value is None or no_job or (Path(value).exists() and not Path(value).is_dir()):
+    value = _value_of("o", words)
+    if not value:
+        return None
+    path = Path(value)
+    named = words[0] if words and not words[0].startswith("-") else ""
+    file_expected = named in MODES and named not in JOB_MODES and not path.is_dir()
+    if named == "job" or file_expected or (path.exists() and not path.is_dir()):
+        return None
+    source = _value_of("in_parts", words)
+    if (source and Path(source).resolve().parent == path.resolve()) or _is_of_another_job(path):
         return None
     return JobFolder(value)
+
+
+def _value_of(name: str, words: Sequence[str]) -> str:
+    """Return the words after ``--name``, joined as the parser will; the last one counts."""
+    value = ""
+    for place, word in enumerate(words):
+        label, equals, first = word.partition("=")
+        if not label.startswith("--") or label.lstrip("-") != name:
+            continue
+        rest = list(takewhile(lambda other: not other.startswith("--"), words[place + 1 :]))
+        value = " ".join([first, *rest] if equals else rest) or value
+    return value
+
+
+def _is_of_another_job(folder: Path) -> bool:
+    """Tell whether RELION made the folder for a job that is not External."""
+    try:
+        text = (folder / "job.star").read_text(errors="replace")
+    except OSError:
+        return False
+    kind = re.search(r"^_rlnJobType(?:Label)?\s+(\S+)", text, re.M)
+    return kind is not None and kind[1] != "99" and "external" not in kind[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +150,8 @@ def _work(words: list[str], folder: JobFolder | None) -> None:
     from relion_cryofilter.relion.nodes import Node, write_output_nodes
 
     nodes = [Node(folder.name + output.file_name, output.kind) for output in outputs]
-    write_output_nodes(folder.path, nodes)
+    if len(folder.name.split()) == 1:  # RELION has no way to write a name with spaces
+        write_output_nodes(folder.path, nodes)
     folder.close(SUCCESS)
 
 
@@ -136,13 +167,9 @@ def _report(error: BaseException, folder: JobFolder | None, verbose: bool) -> in
         _say("Nothing was done: --help or --version leaves no results.")
     elif isinstance(error, Terminated | KeyboardInterrupt):
         code = 143
-        _say(f"Ended by {error or 'the keyboard'} before the job was done. Start it again.")
-    elif isinstance(error, ModuleNotFoundError) and not _is_ours(error):
-        _say(
-            f"This Python ({sys.executable}) has no {error.name}. Install relion_cryofilter with "
-            "its requirements (pip install relion_cryofilter), or name the interpreter of the "
-            "environment that has them: /path/to/env/bin/python external_job.py"
-        )
+        _say(f"Ended by {str(error) or 'the keyboard'} before the job was done. Start it again.")
+    elif _is_of_environment(error):
+        _say(_environment_advice(error))
     elif isinstance(error, CryoFilterError):
         code = 2 if isinstance(error, UsageError) else 1
         _say(str(error))
@@ -155,12 +182,32 @@ def _report(error: BaseException, folder: JobFolder | None, verbose: bool) -> in
     if verbose and outcome == FAILURE:
         traceback.print_exception(error)
     if folder is not None:
-        folder.close(outcome)
+        with suppress(OSError):  # a folder that can't be written was reported already
+            folder.close(outcome)
     return code
 
 
-def _is_ours(error: ModuleNotFoundError) -> bool:
-    return (error.name or "").partition(".")[0] == "relion_cryofilter"
+def _is_of_environment(error: BaseException) -> bool:
+    """Tell whether packages are missing or broken, or another program's come first."""
+    if isinstance(error, ImportError):
+        return (error.name or "").partition(".")[0] != "relion_cryofilter"
+    return isinstance(error, OSError) and ".so" in str(error)
+
+
+def _environment_advice(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return (
+            f"This Python ({sys.executable}) has no {error.name}. Install relion_cryofilter with "
+            "its requirements (pip install relion_cryofilter), or name the interpreter of the "
+            "environment that has them: /path/to/env/bin/python external_job.py"
+        )
+    meddling = [f"{name}={os.environ[name]}" for name in _MEDDLERS if os.environ.get(name)]
+    cause = f" {' and '.join(meddling)} may bring in another program's files." if meddling else ""
+    return (
+        f"A package of this Python ({sys.executable}) can't be loaded: {error}.{cause} Start the "
+        "job with /path/to/env/bin/python -E external_job.py (-E ignores PYTHONPATH), or install "
+        "the packages again."
+    )
 
 
 def _say(text: str) -> None:

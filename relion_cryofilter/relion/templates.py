@@ -6,10 +6,12 @@ import logging
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from relion_cryofilter.errors import UsageError
 from relion_cryofilter.files import write_text
+from relion_cryofilter.options import MODES
 
 JOB_FILE = "job.star"
 GUI_FILE = ".gui_externaljob.star"
@@ -17,6 +19,12 @@ N_PARAMETERS = 10
 
 _INPUTS = {"in_parts": "in_part"}
 _NOT_PARAMETERS = ("mode", "o", "j", *_INPUTS)
+_FLAGS = {
+    item.name
+    for kind in MODES.values()
+    for item in fields(kind)
+    if item.metadata["kind"] in ("flag", "gpu")
+}
 _HEAD = """data_job
 
 _rlnJobType            99
@@ -41,17 +49,18 @@ def write_job_files(given: Mapping[str, list[str]]) -> None:
         The words of each option of the job, ``mode`` included.
     """
     text = job_star(given)
-    named = given.get("o")
-    paths = [Path(" ".join(named))] if named else [Path(JOB_FILE), Path(GUI_FILE)]
-    if paths[0].is_dir():
+    named = " ".join(given.get("o", []))
+    paths = [Path(named)] if named else [Path(JOB_FILE), Path(GUI_FILE)]
+    if named.endswith("/") or paths[0].is_dir():
         paths = [paths[0] / JOB_FILE]
     for path in paths:
+        verb = "Replaced" if path.exists() else "Wrote"
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
-        log.info("Wrote %s", path)
-    log.info(
-        "Open RELION here: the External tab is filled in (%s). Without a window:\n"
-        "  relion_pipeliner --addJobFromStar %s", GUI_FILE, paths[0],
-    )  # fmt: skip
+        log.info("%s %s", verb, path)
+    if not named:
+        log.info("Open RELION here: its External tab is filled in (%s).", GUI_FILE)
+    log.info("Without a window: relion_pipeliner --addJobFromStar %s", paths[0])
 
 
 def job_star(given: Mapping[str, list[str]]) -> str:
@@ -64,12 +73,14 @@ def job_star(given: Mapping[str, list[str]]) -> str:
     values["nr_threads"] = " ".join(given.get("j", [])) or "1"
     parameters = [("mode", given["mode"][0])]
     parameters += [
-        (name, " ".join(words)) for name, words in given.items() if name not in _NOT_PARAMETERS
+        (name, " ".join(words) or "Yes")
+        for name, words in given.items()
+        if name not in _NOT_PARAMETERS and (words or name in _FLAGS)
     ]
     for number, (label, value) in enumerate(parameters[:N_PARAMETERS], 1):
         values[f"param{number}_label"] = label
-        values[f"param{number}_value"] = value or "Yes"
-    rest = [f"--{label} {value or 'Yes'}" for label, value in parameters[N_PARAMETERS:]]
+        values[f"param{number}_value"] = value
+    rest = [f"--{label} {value}" for label, value in parameters[N_PARAMETERS:]]
     values["other_args"] = " ".join(rest)
     return _HEAD + "".join(f"{name} {_quoted(value)}\n" for name, value in values.items()) + "\n"
 
@@ -77,21 +88,28 @@ def job_star(given: Mapping[str, list[str]]) -> str:
 def executable() -> str:
     """Return what to type as External executable: this installation, by absolute path."""
     beside = Path(sys.executable).parent / "relion_cryofilter"
-    if beside.is_file():
-        return str(beside)
     shim = Path(__file__).resolve().parents[2] / "external_job.py"
-    if shim.is_file():
-        return f"{sys.executable} {shim}"
     found = shutil.which("relion_cryofilter")
-    if found is None:
+    if beside.is_file():
+        parts = [str(beside)]
+    elif shim.is_file():
+        parts = [sys.executable, str(shim)]
+    elif found is not None:
+        parts = [str(Path(found).resolve())]
+    else:
         raise UsageError(
             "Can't tell how RELION should start this program: no relion_cryofilter command beside "
             f"{sys.executable}. Install the package there with pip."
         )
-    return str(Path(found).resolve())
+    if any(" " in part for part in parts):
+        raise UsageError(
+            f"RELION can't start a program whose path has spaces: {' '.join(parts)}. Install "
+            "relion_cryofilter in another folder."
+        )
+    return " ".join(parts)
 
 
 def _quoted(value: str) -> str:
-    if not value or " " in value:
-        return f'"{value}"'
-    return value
+    if '"' in value or "\n" in value:
+        raise UsageError(f"RELION's job.star can't hold a quote or line end in a value: {value!r}.")
+    return f'"{value}"' if not value or " " in value else value

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, stdtrit  # type: ignore[import-untyped]
+from scipy.special import ndtr, stdtrit
 from sklearn.metrics import (
     average_precision_score,
     confusion_matrix,
@@ -374,7 +374,7 @@ def _bootstrap(
     for _ in range(resamples):
         drawn = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)
         weights = drawn[ranked.groups].astype(np.float64)
-        if 0 < weights @ ranked.good < weights.sum():
+        if 0 < np.sum(weights * ranked.good) < np.sum(weights):
             yield _weighted_metrics(ranked, weights)
 
 
@@ -382,7 +382,8 @@ def _weighted_metrics(ranked: _Ranked, weights: Floats) -> Floats:
     """Return the metrics, in the order of `METRICS`, of images with integer weights, (n,).
 
     The same as scikit-learn's with ``sample_weight``, but sorted once for all resamples: every
-    metric comes from sums over the images before a cut.
+    metric comes from sums over the images before a cut. No ``@``: threads of BLAS cost more than
+    they bring here, and very much where cores are shared.
     """
     images, good, scores = (
         np.concatenate([[0.0], np.cumsum(values)])
@@ -392,9 +393,9 @@ def _weighted_metrics(ranked: _Ranked, weights: Floats) -> Floats:
     true = good[ranked.cuts]
     reached = images[ranked.cuts]
     false = reached - true
-    auc = np.diff(false) @ (true[1:] + true[:-1]) / (2 * n_good * false[-1])
+    auc = np.sum(np.diff(false) * (true[1:] + true[:-1])) / (2 * n_good * false[-1])
     precision = true[1:] / np.maximum(reached[1:], 1)
-    average_precision = np.diff(true) @ precision / n_good
+    average_precision = np.sum(np.diff(true) * precision) / n_good
     fpr = false[np.searchsorted(true / n_good, RECALL_OF_FPR)] / false[-1]
     bins = ranked.bin_cuts
     ece = np.abs(np.diff(scores[bins]) - np.diff(good[bins])).sum() / n
