@@ -153,13 +153,17 @@ class Model:
         kept = self.network.feature_count if with_features else 0
         features = torch.empty(len(small), kept, device=device)
         with torch.inference_mode():
-            for rows in _micro_batches(len(small), self.network.dim, device):
-                batch = small[rows].to(device)
+            step = _micro_batch(self.network.dim, device)
+            for start in range(0, len(small), step):
+                rows = slice(start, min(start + step, len(small)))
+                count = rows.stop - start
+                batch = _filled_up(small[rows].to(device), step)
                 logits, vectors = self.network.forward_with_features(_channels_last(batch))
-                scores[rows] = self._score(logits)
-                features[rows] = vectors[:, :kept]
+                values = self._score(logits)
                 if tta:
-                    scores[rows] = self._mean_over_views(batch, scores[rows])
+                    values = self._mean_over_views(batch, values)
+                scores[rows] = values[:count]
+                features[rows] = vectors[:count, :kept]
         return scores.to(small.device), features.to(small.device)
 
     def _mean_over_views(self, batch: Tensor, identity_scores: Tensor) -> Tensor:
@@ -288,11 +292,21 @@ def _channels_last(batch: Tensor) -> Tensor:
     return batch.contiguous(memory_format=torch.channels_last)
 
 
-def _micro_batches(count: int, dim: int, device: torch.device) -> list[slice]:
-    """Return slices of `count` images.
+def _micro_batch(dim: int, device: torch.device) -> int:
+    """Return how many images go through the network at a time.
 
-    On a CPU 16 to 32 images: small enough for the caches, and below the 32 MiB of activations
-    where malloc turns to mmap and speed halves.
+    On a CPU 16 to 32: small enough for the caches, and below the 32 MiB of activations where
+    malloc turns to mmap and speed halves.
     """
-    step = 1024 if device.type != "cpu" else 32 if dim <= 48 else 16
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+    return 512 if device.type != "cpu" else 32 if dim <= 48 else 16
+
+
+def _filled_up(batch: Tensor, size: int) -> Tensor:
+    """Return `batch` with empty images up to `size`.
+
+    The kernels that torch chooses depend on the number of images, and their rounding with them;
+    with one size, an image's score doesn't depend on how many came with it.
+    """
+    if len(batch) == size:
+        return batch
+    return torch.cat([batch, batch.new_zeros((size - len(batch), *batch.shape[1:]))])
