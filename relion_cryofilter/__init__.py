@@ -13,40 +13,61 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from relion_cryofilter.commands.convert import convert
+    from relion_cryofilter.commands.metrics import metrics
     from relion_cryofilter.commands.score import score
+    from relion_cryofilter.commands.select import select
+    from relion_cryofilter.commands.train import train
     from relion_cryofilter.data.particles import ParticleSet, read_particles
     from relion_cryofilter.errors import CryoFilterError
     from relion_cryofilter.nn.checkpoint import Model, load_model
     from relion_cryofilter.nn.scoring import Scores, score_particles
-    from relion_cryofilter.options import ConvertOptions, ScoreOptions
+    from relion_cryofilter.options import (
+        ConvertOptions,
+        MetricsOptions,
+        ScoreOptions,
+        SelectOptions,
+        TrainOptions,
+    )
 
 __version__ = "0.1.0"
 
 _HOME = {
     "ConvertOptions": "options",
     "CryoFilterError": "errors",
+    "MetricsOptions": "options",
     "Model": "nn.checkpoint",
     "ParticleSet": "data.particles",
     "ScoreOptions": "options",
     "Scores": "nn.scoring",
+    "SelectOptions": "options",
+    "TrainOptions": "options",
     "convert": "commands.convert",
     "load_model": "nn.checkpoint",
+    "metrics": "commands.metrics",
     "read_particles": "data.particles",
     "score": "commands.score",
     "score_particles": "nn.scoring",
+    "select": "commands.select",
+    "train": "commands.train",
 }
 __all__ = [
     "ConvertOptions",
     "CryoFilterError",
+    "MetricsOptions",
     "Model",
     "ParticleSet",
     "ScoreOptions",
     "Scores",
+    "SelectOptions",
+    "TrainOptions",
     "convert",
     "load_model",
+    "metrics",
     "read_particles",
     "score",
     "score_particles",
+    "select",
+    "train",
 ]
 
 

@@ -41,6 +41,6 @@ def test_the_demo_does_not_touch_a_folder_of_something_else(tmp_path):
     assert "is not a demo project. Name a new folder." in done.stderr
 
 
-@pytest.mark.parametrize("words", ["score", "convert", "demo", "job"])
+@pytest.mark.parametrize("words", ["score", "train", "metrics", "select", "convert", "demo", "job"])
 def test_the_readme_shows_every_mode(words):
     assert re.search(rf"relion_cryofilter {words}\b", (ROOT / "README.md").read_text())

@@ -18,7 +18,8 @@ import torch
 from relion_cryofilter.errors import CryoFilterError
 from relion_cryofilter.nn.checkpoint import load_model
 from relion_cryofilter.nn.keras import import_keras
-from relion_cryofilter.nn.networks import Network, build_network
+from relion_cryofilter.nn.network import Network
+from relion_cryofilter.nn.networks import build_network
 
 h5py = pytest.importorskip("h5py", reason="h5py is missing: Keras files can't be read")
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from sklearn.calibration import calibration_curve
 
 from relion_cryofilter.errors import CryoFilterError
-from relion_cryofilter.results import metrics
-from relion_cryofilter.results.metrics import METRICS, Interval, curves, evaluate
+from relion_cryofilter.results import bootstrap, metrics
+from relion_cryofilter.results.bootstrap import Interval
+from relion_cryofilter.results.metrics import METRICS, curves, evaluate
 
 THRESHOLD = 0.4
 
@@ -83,8 +84,8 @@ def test_a_resample_gives_what_scikit_learn_gives_with_sample_weight(seed, decim
     weights = drawn[groups].astype(float)
     if not 0 < weights @ labels < weights.sum() or not weights[scores >= THRESHOLD].any():
         return
-    ranked = metrics._rank(labels, scores, groups, int(np.sum(scores >= THRESHOLD)))
-    found = metrics._weighted_metrics(ranked, drawn[ranked.groups].astype(float))
+    ranked = bootstrap.rank(labels, scores, groups, int(np.sum(scores >= THRESHOLD)))
+    found = bootstrap._weighted_metrics(ranked, drawn[ranked.groups].astype(float))
     assert found == pytest.approx(by_scikit_learn(labels, scores, weights), abs=1e-12)
 
 
@@ -92,9 +93,9 @@ def test_a_micrograph_drawn_twice_counts_as_two_micrographs():
     labels, scores, groups = made_set(200, 4)
     rows = np.concatenate([np.flatnonzero(groups == group) for group in (0, 0, 1, 3)])
     weights = np.array([2.0, 1, 0, 1])
-    ranked = metrics._rank(labels, scores, groups, int(np.sum(scores >= THRESHOLD)))
+    ranked = bootstrap.rank(labels, scores, groups, int(np.sum(scores >= THRESHOLD)))
     copied = by_scikit_learn(labels[rows], scores[rows])
-    assert metrics._weighted_metrics(ranked, weights[ranked.groups]) == pytest.approx(copied)
+    assert bootstrap._weighted_metrics(ranked, weights[ranked.groups]) == pytest.approx(copied)
 
 
 def test_intervals_are_the_percentiles_of_resampled_micrographs():
@@ -115,7 +116,7 @@ def test_intervals_are_the_percentiles_of_resampled_micrographs():
 
 @pytest.mark.parametrize(("n_groups", "percent"), [(2, 0.0), (12, 1.08), (100_000, 2.5)])
 def test_percentiles_are_expanded_where_micrographs_are_few(n_groups, percent):
-    assert 100 * metrics._tail(n_groups) == pytest.approx(percent, abs=0.005)
+    assert 100 * bootstrap._tail(n_groups) == pytest.approx(percent, abs=0.005)
 
 
 def test_the_auc_interval_covers_the_truth_though_images_of_a_micrograph_are_alike():

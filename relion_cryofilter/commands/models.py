@@ -13,11 +13,8 @@ from relion_cryofilter.errors import UsageError
 from relion_cryofilter.nn.checkpoint import Model, is_keras, load_model
 from relion_cryofilter.nn.keras import import_keras
 from relion_cryofilter.options import ModelOptions
-from relion_cryofilter.results.thresholds import (
-    OperatingCurve,
-    ThresholdRequest,
-    choose_threshold,
-)
+from relion_cryofilter.results.operating_curve import OperatingCurve
+from relion_cryofilter.results.thresholds import ThresholdRequest, choose_threshold
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "default.safetensors"
 CURVE = "operating_curve"

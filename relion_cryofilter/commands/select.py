@@ -20,7 +20,8 @@ from relion_cryofilter.commands.subsets import (
 from relion_cryofilter.data.star import Loop, StarFile, columns, particle_loop, read_star
 from relion_cryofilter.errors import ModelError, StarError, UsageError
 from relion_cryofilter.options import SelectOptions
-from relion_cryofilter.results.thresholds import OperatingCurve, choose_threshold
+from relion_cryofilter.results.operating_curve import OperatingCurve
+from relion_cryofilter.results.thresholds import choose_threshold
 
 log = logging.getLogger("relion_cryofilter")
 

@@ -25,7 +25,8 @@ from relion_cryofilter.data.stacks import read_header
 from relion_cryofilter.errors import UsageError
 from relion_cryofilter.files import write_text
 from relion_cryofilter.nn.checkpoint import Model, load_model
-from relion_cryofilter.nn.networks import Network, build_network
+from relion_cryofilter.nn.network import Network
+from relion_cryofilter.nn.networks import build_network
 from relion_cryofilter.nn.preprocess import BlurResize, Preprocess, preprocess_from_dict
 from relion_cryofilter.nn.small_images import Loaded, load_small_images
 from relion_cryofilter.nn.training import (
@@ -41,6 +42,7 @@ from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion.labels import read_labels
 from relion_cryofilter.results.figures import save_history
 from relion_cryofilter.results.metrics import evaluate
+from relion_cryofilter.results.operating_curve import OperatingCurve
 from relion_cryofilter.results.selftests import (
     SelfTest,
     leak_tests,
@@ -48,7 +50,7 @@ from relion_cryofilter.results.selftests import (
     permutation_test,
     split_test,
 )
-from relion_cryofilter.results.thresholds import OperatingCurve, choose_threshold
+from relion_cryofilter.results.thresholds import choose_threshold
 
 MODEL, HISTORY, CHECKPOINT = "model.safetensors", "history.csv", "checkpoint_last.pt"
 DEFAULT_NETWORK = "straight"

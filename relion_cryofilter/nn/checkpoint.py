@@ -21,7 +21,8 @@ from torch import Tensor
 
 from relion_cryofilter.errors import ModelError
 from relion_cryofilter.files import replacing
-from relion_cryofilter.nn.networks import Network, build_network
+from relion_cryofilter.nn.network import Network
+from relion_cryofilter.nn.networks import build_network
 from relion_cryofilter.nn.preprocess import Preprocess, d4_views, preprocess_from_dict
 
 FORMAT_VERSION = 1

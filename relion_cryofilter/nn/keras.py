@@ -19,7 +19,8 @@ from torch import Tensor
 
 from relion_cryofilter.errors import ModelError
 from relion_cryofilter.nn.checkpoint import Model, require_file
-from relion_cryofilter.nn.networks import Network, build_network
+from relion_cryofilter.nn.network import Network
+from relion_cryofilter.nn.networks import build_network
 from relion_cryofilter.nn.preprocess import BlurResize
 
 DEFAULT_DIM = 28

@@ -3,56 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from relion_cryofilter.errors import ModelError
-
-
-class Network(nn.Module):
-    """What every network offers.
-
-    A network sets its attributes, a `head` (features to one logit) and `features`.
-
-    Attributes
-    ----------
-    name : str
-        Name in the registry.
-    channels, dim : int
-        Input is (n, channels, dim, dim); further channels are ignored.
-    feature_count : int
-        Length of the feature vector.
-    kwargs : dict
-        What `build_network` needs, next to the name, to build this network again.
-    """
-
-    name: ClassVar[str]
-    channels: int
-    dim: int
-    feature_count: int
-    kwargs: dict[str, Any]
-    head: nn.Linear
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
-
-    def features(self, x: Tensor) -> Tensor:
-        """Return the feature vectors (n, feature_count) of small images (n, c, dim, dim)."""
-        raise NotImplementedError
-
-    def forward_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits (n,) and features (n, feature_count) of one pass."""
-        features = self.features(x)
-        logits: Tensor = self.head(features)
-        return logits.squeeze(1), features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits (n,) of small images (n, c, dim, dim)."""
-        return self.forward_with_features(x)[0]
+from relion_cryofilter.nn.equivariant import D4
+from relion_cryofilter.nn.network import Network
 
 
 class _Towers(Network):
@@ -97,7 +55,7 @@ class Roberts(_Towers):
     channels = 2
 
 
-NETWORKS: dict[str, type[Network]] = {network.name: network for network in (Straight, Roberts)}
+NETWORKS: dict[str, type[Network]] = {network.name: network for network in (Straight, Roberts, D4)}
 """The networks that `build_network` knows."""
 
 

@@ -23,7 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from relion_cryofilter.data.labelled import Split
 from relion_cryofilter.files import replacing
-from relion_cryofilter.nn.networks import Network
+from relion_cryofilter.nn.network import Network
 from relion_cryofilter.nn.preprocess import d4_views
 from relion_cryofilter.nn.small_images import SmallImages
 from relion_cryofilter.progress import Progress

@@ -1,25 +1,13 @@
-"""How well scores tell good particles from bad ones, with honest intervals.
-
-Particles of one micrograph share its ice, defocus and contamination: they are not independent. The
-intervals come from a bootstrap that draws whole micrographs [1]_. To draw a micrograph twice is to
-give its images the weight two, so no image is copied. The plain percentiles of few micrographs are
-too narrow; they are expanded as in Student's t [2]_ (with 12 micrographs: 1.1 and 98.9 % instead of
-2.5 and 97.5 %).
-
-.. [1] A. C. Davison, D. V. Hinkley, Bootstrap Methods and their Application (1997), 3.8.
-.. [2] T. Hesterberg, The American Statistician 69 (2015) 371-386, 5.3: expanded percentiles.
-"""
+"""How well scores tell good particles from bad ones, with honest intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from math import isnan, nan
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import ndtr, stdtrit
 from sklearn.metrics import (
     average_precision_score,
     confusion_matrix,
@@ -29,13 +17,17 @@ from sklearn.metrics import (
 )
 
 from relion_cryofilter.errors import CryoFilterError
+from relion_cryofilter.results.bootstrap import (
+    BIN_EDGES,
+    RECALL_OF_FPR,
+    Floats,
+    Interval,
+    at_threshold,
+    bootstrap,
+    intervals,
+    rank,
+)
 
-Floats = NDArray[np.float64]
-
-RECALL_OF_FPR = 0.95
-BIN_EDGES = np.linspace(0, 1, 16)
-"""Of the reliability diagram and the ECE: 15 bins of equal width, as Guo et al. (2017) use."""
-OUTSIDE_INTERVAL = 0.05
 MAX_DRAWN_IMAGES = 100_000_000
 """Resamples × images of a bootstrap; some ten seconds."""
 FEWEST_RESAMPLES = 200
@@ -52,21 +44,6 @@ METRICS = {
     "precision": "Precision",
 }
 """The metrics of an evaluation, in order, and their names in print."""
-
-
-class Interval(NamedTuple):
-    """A value with the ends of its 95 % interval; nan where there is none."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """Return ``0.912 [0.894, 0.931]``, without the brackets if there is no interval."""
-        if isnan(self.value):
-            return "undefined"
-        ends = "" if isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]"
-        return f"{self.value:.3f}{ends}"
 
 
 @dataclass(frozen=True)
@@ -223,13 +200,13 @@ def evaluate(
         raise ValueError(f"{good.size} labels, but {numbers.size} groups")
     n_groups, n_positive = int(numbers.max()) + 1, int(good.sum())
     confusion = confusion_matrix(good, accepted, labels=[False, True]).tolist()
-    ranked = _rank(good, values, numbers, int(accepted.sum()))
+    ranked = rank(good, values, numbers, int(accepted.sum()))
     drawn: list[Floats] = []
     wanted = 0
     if n_groups > 1 and 0 < n_positive < good.size:
         wanted = min(resamples, max(FEWEST_RESAMPLES, MAX_DRAWN_IMAGES // good.size))
-        drawn = list(_bootstrap(ranked, n_groups, wanted, np.random.default_rng(seed)))
-    intervals = _intervals(_measure(good, values, confusion), drawn, n_groups)
+        drawn = list(bootstrap(ranked, n_groups, wanted, np.random.default_rng(seed)))
+    metrics = intervals(_measure(good, values, confusion), drawn, n_groups)
     return Evaluation(
         n=good.size,
         n_positive=n_positive,
@@ -237,7 +214,7 @@ def evaluate(
         n_groups=n_groups,
         threshold=float(threshold),
         confusion=(tuple(confusion[0]), tuple(confusion[1])),
-        **dict(zip(METRICS, intervals)),
+        **dict(zip(METRICS, metrics)),
         resamples=len(drawn),
         skipped=wanted - len(drawn),
     )
@@ -308,98 +285,4 @@ def _measure(good: NDArray[np.bool_], values: Floats, confusion: list[list[int]]
     score, positive, count = _reliability(good, values)
     ece = float(np.average(np.abs(score - positive), weights=count))
     (tn, fp), (fn, tp) = confusion
-    return np.array([*areas, ece, *_at_threshold(tn, fp, fn, tp)])
-
-
-def _at_threshold(tn: float, fp: float, fn: float, tp: float) -> tuple[float, ...]:
-    """Return accuracy, sensitivity, specificity and precision."""
-    parts = ((tp + tn, tn + fp + fn + tp), (tp, tp + fn), (tn, tn + fp), (tp, tp + fp))
-    return tuple(part / whole if whole else nan for part, whole in parts)
-
-
-def _intervals(values: Floats, drawn: list[Floats], n_groups: int) -> list[Interval]:
-    """Return each metric with the percentiles of its resampled values, nan left out."""
-    tail = _tail(n_groups) if drawn else nan
-    columns = np.array(drawn).T if drawn else np.empty((len(values), 0))
-    intervals = []
-    for value, column in zip(values.tolist(), columns):
-        known = column[~np.isnan(column)]
-        defined = known.size and not isnan(value)
-        low, high = np.quantile(known, (tail, 1 - tail)).tolist() if defined else (nan, nan)
-        intervals.append(Interval(value, low, high))
-    return intervals
-
-
-def _tail(n_groups: int) -> float:
-    """Return the share of resamples below a 95 % interval: 0.025 of many groups, less of few."""
-    quantile = stdtrit(n_groups - 1, OUTSIDE_INTERVAL / 2)
-    return float(ndtr(quantile * np.sqrt(n_groups / (n_groups - 1))))
-
-
-@dataclass(frozen=True, eq=False)
-class _Ranked:
-    """Images in order of falling score, and the cuts between them.
-
-    A cut is a number of images: those before it score more than those behind it.
-    """
-
-    good: Floats  # (n,) 1 or 0
-    scores: Floats  # (n,)
-    groups: NDArray[np.intp]  # (n,) 0 to number of groups - 1
-    cuts: NDArray[np.intp]  # (u + 1,) before, between and after the distinct scores
-    bin_cuts: NDArray[np.intp]  # (16,) between the bins of the ECE
-    accepted: int
-
-
-def _rank(
-    good: NDArray[np.bool_], values: Floats, groups: NDArray[np.intp], accepted: int
-) -> _Ranked:
-    order = np.argsort(-values, kind="stable")
-    scores = values[order]
-    higher = np.searchsorted(-scores, -BIN_EDGES[-2:0:-1], side="left")  # above each inner edge
-    return _Ranked(
-        good=good[order].astype(np.float64),
-        scores=scores,
-        groups=groups[order],
-        cuts=np.concatenate([[0], np.flatnonzero(np.diff(scores)) + 1, [len(scores)]]),
-        bin_cuts=np.concatenate([[0], higher, [len(scores)]]),
-        accepted=accepted,
-    )
-
-
-def _bootstrap(
-    ranked: _Ranked, n_groups: int, resamples: int, rng: np.random.Generator
-) -> Iterator[Floats]:
-    """Yield the metrics of each resample of the groups that holds both classes."""
-    for _ in range(resamples):
-        drawn = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)
-        weights = drawn[ranked.groups].astype(np.float64)
-        if 0 < np.sum(weights * ranked.good) < np.sum(weights):
-            yield _weighted_metrics(ranked, weights)
-
-
-def _weighted_metrics(ranked: _Ranked, weights: Floats) -> Floats:
-    """Return the metrics, in the order of `METRICS`, of images with integer weights, (n,).
-
-    The same as scikit-learn's with ``sample_weight``, but sorted once for all resamples: every
-    metric comes from sums over the images before a cut. No ``@``: threads of BLAS cost more than
-    they bring here, and very much where cores are shared.
-    """
-    images, good, scores = (
-        np.concatenate([[0.0], np.cumsum(values)])
-        for values in (weights, weights * ranked.good, weights * ranked.scores)
-    )
-    n, n_good = images[-1], good[-1]
-    true = good[ranked.cuts]
-    reached = images[ranked.cuts]
-    false = reached - true
-    auc = np.sum(np.diff(false) * (true[1:] + true[:-1])) / (2 * n_good * false[-1])
-    precision = true[1:] / np.maximum(reached[1:], 1)
-    average_precision = np.sum(np.diff(true) * precision) / n_good
-    fpr = false[np.searchsorted(true / n_good, RECALL_OF_FPR)] / false[-1]
-    bins = ranked.bin_cuts
-    ece = np.abs(np.diff(scores[bins]) - np.diff(good[bins])).sum() / n
-    tp, all_accepted = good[ranked.accepted], images[ranked.accepted]
-    fp, fn = all_accepted - tp, n_good - tp
-    at_threshold = _at_threshold(n - tp - fp - fn, fp, fn, tp)
-    return np.array([auc, average_precision, fpr, ece, *at_threshold])
+    return np.array([*areas, ece, *at_threshold(tn, fp, fn, tp)])

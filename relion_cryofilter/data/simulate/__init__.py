@@ -41,6 +41,12 @@ from relion_cryofilter.data.simulate.specimen import (
     draw_kinds,
     random_molecule,
 )
+from relion_cryofilter.data.simulate.variety import (
+    Ranges,
+    molecule_of_map,
+    random_shape,
+    simulate_varied,
+)
 
 __all__ = [
     "ATOMS_PER_ROD",
@@ -63,12 +69,16 @@ __all__ = [
     "CtfParameters",
     "Molecule",
     "Picks",
+    "Ranges",
     "SimulatedImages",
     "ctf",
     "draw_kinds",
     "extract",
+    "molecule_of_map",
     "random_molecule",
+    "random_shape",
     "simulate_images",
     "simulate_micrograph",
     "simulate_project",
+    "simulate_varied",
 ]

@@ -1,0 +1,149 @@
+"""Pre-train the bundled network on simulated images of great variety.
+
+    python examples/pretrain.py --maps FOLDER --work FOLDER [--micrographs 2000]
+
+--maps holds densities (.mrc) of real molecules; half of the micrographs show one of them, the
+others random shapes. --work keeps the simulated images (made by several processes) and the
+checkpoint, so a stopped run goes on. The result is relion_cryofilter/models/default.safetensors.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import time
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+
+import relion_cryofilter
+from relion_cryofilter.commands.models import BUNDLED_MODEL, CURVE
+from relion_cryofilter.data.labelled import Split
+from relion_cryofilter.data.simulate import molecule_of_map, simulate_varied
+from relion_cryofilter.nn.checkpoint import Model
+from relion_cryofilter.nn.networks import build_network
+from relion_cryofilter.nn.preprocess import FourierCrop
+from relion_cryofilter.nn.training import Settings, Trainer, fit_temperature, predict
+from relion_cryofilter.progress import Progress
+from relion_cryofilter.results.operating_curve import OperatingCurve
+from relion_cryofilter.results.thresholds import ThresholdRequest
+
+PICKS, CHUNK, DIM = 40, 20, 48
+HELD_OUT = ("1u6g", "4v4r_30S", "5gjv")
+"""Maps that stay unseen, so that the benchmarks can test on them."""
+
+
+class Stored:
+    """Small images kept as float16."""
+
+    where = "in memory as float16"
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = torch.from_numpy(images)
+
+    def get(self, rows: np.ndarray) -> torch.Tensor:
+        """Return (len(rows), 1, dim, dim) float32."""
+        return self.images[torch.from_numpy(rows)].float()
+
+
+def make_chunk(job: tuple[int, int, list, Path]) -> None:
+    """Simulate micrographs from `first` on and keep their small images."""
+    seed, first, molecules, path = job
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    numbers = range(first, first + CHUNK)
+    made = simulate_varied(seed, numbers, picks=PICKS, molecules=molecules)
+    small = FourierCrop(DIM)(torch.from_numpy(made.images)).half().numpy()
+    temporary = path.with_suffix(".part")
+    with temporary.open("wb") as file:
+        np.savez(file, small=small, labels=made.labels, kinds=made.kinds, mics=made.micrographs)
+    temporary.replace(path)
+
+
+def simulate(options: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Simulate (or find) all micrographs."""
+    molecules = []
+    for path in sorted(options.maps.glob("*.mrc")):
+        if path.stem not in HELD_OUT:
+            with mrcfile.open(path, permissive=True) as file:
+                molecules.append(molecule_of_map(file.data, float(file.voxel_size.x) or 3.0))
+    options.work.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (options.seed, first, molecules, options.work / f"{options.seed}_{first:06d}.npz")
+        for first in range(0, options.micrographs, CHUNK)
+    ]
+    with multiprocessing.get_context("spawn").Pool(options.j) as pool:
+        for done, _ in enumerate(pool.imap_unordered(make_chunk, jobs), 1):
+            print(f"simulated {done * CHUNK} of {options.micrographs} micrographs", flush=True)
+    parts = [np.load(path) for *_, path in jobs]
+    return {name: np.concatenate([part[name] for part in parts])
+            for name in ("small", "labels", "kinds", "mics")}  # fmt: skip
+
+
+def main() -> None:
+    """Simulate, train, calibrate, write the model file."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--maps", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--micrographs", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--widths", type=int, nargs=3, default=(4, 8, 16))
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--j", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=BUNDLED_MODEL)
+    options = parser.parse_args()
+    start = time.monotonic()
+    data = simulate(options)
+    labels, groups = data["labels"].astype(bool), data["mics"]
+    validation = np.flatnonzero(groups % 10 == 0)
+    training = np.flatnonzero(groups % 10 != 0)
+    split = Split(training, validation, validation, "micrograph", groups)
+    torch.manual_seed(options.seed)
+    torch.set_num_threads(options.j)
+    network = build_network("d4", widths=list(options.widths), dim=DIM)
+    settings = Settings(
+        epochs=options.epochs, patience=options.epochs, learning_rate=options.learning_rate,
+        augmentation=False, seed=options.seed,
+    )  # fmt: skip
+    trainer = Trainer(
+        network, Stored(data["small"]), labels, split, settings,
+        options.work / "checkpoint.pt", {"widths": list(options.widths), "n": len(labels)},
+    )  # fmt: skip
+    for epoch in trainer.run(Progress(options.epochs * len(training), "image steps")):
+        print(epoch, flush=True)
+    logits = predict(network, trainer.images, validation).numpy().astype(np.float64)
+    truth, kinds = labels[validation], data["kinds"][validation]
+    temperature = fit_temperature(logits, truth)
+    scores = np.round(1 / (1 + np.exp(-logits / temperature)), 6)
+    curve = OperatingCurve.from_scores(truth, scores, groups[validation])
+    by_kind = {
+        str(kind): round(float(roc_auc_score(truth[rows], scores[rows])), 3)
+        for kind in sorted(set(kinds) - {"particle"})
+        for rows in [(kinds == kind) | truth]
+    }
+    provenance = {
+        "made_by": "examples/pretrain.py",
+        "data": f"{len(labels)} simulated images of {len(set(groups))} micrographs",
+        "settings": {"seed": options.seed, "epochs": options.epochs,
+                     "learning_rate": options.learning_rate},
+        "validation": {"auc": round(float(roc_auc_score(truth, scores)), 4), "by_kind": by_kind,
+                       "n": len(truth), "micrographs": len(set(groups[validation]))},
+        "seconds": round(time.monotonic() - start),
+        CURVE: curve.to_dict(),
+        "versions": {"relion_cryofilter": relion_cryofilter.__version__,
+                     "torch": str(torch.__version__), "numpy": np.__version__,
+                     "python": platform.python_version()},
+    }  # fmt: skip
+    threshold = curve.threshold(ThresholdRequest("recall", 0.95))
+    model = Model(network, FourierCrop(DIM), threshold, temperature, provenance)
+    model.save(options.out)
+    print(f"wrote {options.out}: threshold {threshold}, {provenance['validation']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""What every network offers: small images in, one logit and one feature vector a particle out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+
+class Network(nn.Module, ABC):
+    """What every network offers.
+
+    A network sets its attributes, a `head` (features to one logit) and `features`.
+
+    Attributes
+    ----------
+    name : str
+        Name in the registry.
+    channels, dim : int
+        Input is (n, channels, dim, dim); further channels are ignored.
+    feature_count : int
+        Length of the feature vector.
+    kwargs : dict
+        What `build_network` needs, next to the name, to build this network again.
+    """
+
+    name: ClassVar[str]
+    channels: int
+    dim: int
+    feature_count: int
+    kwargs: dict[str, Any]
+    head: nn.Linear
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def features(self, x: Tensor) -> Tensor:
+        """Return the feature vectors (n, feature_count) of small images (n, c, dim, dim)."""
+
+    def forward_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits (n,) and features (n, feature_count) of one pass."""
+        features = self.features(x)
+        logits: Tensor = self.head(features)
+        return logits.squeeze(1), features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits (n,) of small images (n, c, dim, dim)."""
+        return self.forward_with_features(x)[0]
