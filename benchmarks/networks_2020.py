@@ -124,7 +124,7 @@ def report(rows: list[str], seeds: int) -> str:
     head += f"relion_cryofilter {relion_cryofilter.__version__}, torch {torch.__version__}, "
     head += f"numpy {np.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores.\n"
     head += f"{seeds} seeds of split, weights and order; test AUC of each with its 95 % interval "
-    head += "over micrographs.\n`seconds` is a whole `train` job on one core, with reading and figures.\n"
+    head += "over micrographs.\n`seconds` is a whole `train` job on one core, figures included.\n"
     head += 'Label 0 of the real sets is "away from every annotated particle" and holds some '
     head += "particles.\n\n| data | network | mean AUC | AUC of each seed | seconds |\n"
     return head + "|---|---|---|---|---|\n" + "\n".join(rows) + "\n"

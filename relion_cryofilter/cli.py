@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from relion_cryofilter.errors import UsageError
-from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, Options, read_words
+from relion_cryofilter.option_kinds import read_words
+from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, Options
 
 PROGRAM = "relion_cryofilter"
 ABOUT = "Score cryo-EM particle images and sort good particles from junk."

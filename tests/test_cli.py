@@ -11,7 +11,8 @@ from conftest import ROOT
 
 from relion_cryofilter import cli
 from relion_cryofilter.errors import UsageError
-from relion_cryofilter.options import MODES, ScoreOptions, gpu_numbers
+from relion_cryofilter.option_kinds import gpu_numbers
+from relion_cryofilter.options import MODES, ScoreOptions
 
 
 def options(text: str) -> ScoreOptions:

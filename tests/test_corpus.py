@@ -8,8 +8,8 @@ from conftest import SHARED
 from test_star import without_score
 
 from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.star import write_scored
 from relion_cryofilter.data.star_labels import SCORE_LABEL
+from relion_cryofilter.data.star_writing import write_scored
 from relion_cryofilter.errors import StarError
 
 FILES = sorted((SHARED / "star_corpus").glob("*.star"))

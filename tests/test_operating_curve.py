@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from scored import fractions, has_six_decimals, scored_sets, unhurried
 
 from relion_cryofilter.errors import CryoFilterError, ModelError
-from relion_cryofilter.results.operating_curve import MAX_QUANTILES, OperatingCurve
+from relion_cryofilter.results.operating_curve import MAX_QUANTILES, OperatingCurve, share_interval
 from relion_cryofilter.results.thresholds import ThresholdRequest, choose_threshold
 
 
@@ -110,3 +110,9 @@ def test_a_damaged_curve_is_refused(change):
     OperatingCurve.from_dict(data)
     with pytest.raises(ModelError, match="operating curve"):
         OperatingCurve.from_dict(data | change)
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    value, low, high = share_interval(0.95, 100)
+    assert (round(low, 3), value, round(high, 3)) == (0.888, 0.95, 0.978)
+    assert share_interval(1.0, 10).high == 1.0

@@ -225,7 +225,8 @@ def test_star_handler_reads_back_what_we_wrote_for_the_corpus(shared, tmp_path):
         text = path.read_bytes()
         if b"data_optics" not in text or b"rlnImageName" not in text:
             continue
-        from relion_cryofilter.data.star import particle_loop, read_star, write_scored
+        from relion_cryofilter.data.star import particle_loop, read_star
+        from relion_cryofilter.data.star_writing import write_scored
 
         star = read_star(path)
         loop = particle_loop(star)

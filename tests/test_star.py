@@ -15,9 +15,9 @@ from relion_cryofilter.data.star import (
     particle_loop,
     read_star,
     tokens,
-    write_scored,
 )
 from relion_cryofilter.data.star_labels import SCORE_LABEL
+from relion_cryofilter.data.star_writing import write_scored
 from relion_cryofilter.errors import StarError
 
 HEAD = "data_particles\n\nloop_\n_rlnImageName #1\n_rlnVoltage #2\n"

@@ -209,6 +209,29 @@ def test_a_training_job_leaves_model_history_and_figures(select_project, capsys)
     assert "operating_curve" in model.provenance
 
 
+def test_score_tells_what_validation_said_of_its_threshold(select_project, capsys):
+    assert job.main(train_words("--epochs 1").split()) == 0
+    base = f"score --o S/ --in_parts Extract/job001/particles.star --weights {JOB}model.safetensors"
+    for request, said in (("", "the model's own; on its validation particles recall"),
+                          ("--threshold recall=0.5", "for recall=0.5; on the model's validation"),
+                          ("--threshold count=10", "for count=10")):  # fmt: skip
+        assert job.main([*base.split(), *request.split()]) == 0
+        text = capsys.readouterr().out
+        assert said in text
+        assert "count" not in request or "10 accepted" in text
+
+
+def test_negatives_scaled_differently_raise_a_warning_in_the_log(select_project, capsys):
+    for number in (0, 1):
+        path = Path(f"Extract/job001/Mics/mic{number}.mrcs")
+        data = np.fromfile(path, "<f4", offset=1024)
+        path.write_bytes(path.read_bytes()[:1024] + (1.6 * data).tobytes())
+    assert job.main(train_words("--epochs 1 --quiet").split()) == 0
+    text = capsys.readouterr().out
+    assert "WARNING: self-test image sigma: alone it separates the classes with AUC" in text
+    assert "normalised or extracted differently" in text
+
+
 def test_a_finished_training_is_not_done_again(select_project, capsys):
     assert job.main(train_words("--epochs 2").split()) == 0
     first = Path(JOB, "model.safetensors").read_bytes()

@@ -20,7 +20,8 @@ from relion_cryofilter.data.labelled import clusters_of, split_by_micrograph
 from relion_cryofilter.errors import UsageError
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.scoring import score_particles
-from relion_cryofilter.options import MetricsOptions, gpu_numbers
+from relion_cryofilter.option_kinds import gpu_numbers
+from relion_cryofilter.options import MetricsOptions
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion.labels import read_labels
 from relion_cryofilter.results.metrics import evaluate

@@ -13,7 +13,8 @@ from relion_cryofilter.errors import UsageError
 from relion_cryofilter.nn.checkpoint import Model, is_keras, load_model
 from relion_cryofilter.nn.keras import import_keras
 from relion_cryofilter.options import ModelOptions
-from relion_cryofilter.results.operating_curve import OperatingCurve
+from relion_cryofilter.results.bootstrap import Interval
+from relion_cryofilter.results.operating_curve import OperatingCurve, share_interval
 from relion_cryofilter.results.thresholds import ThresholdRequest, choose_threshold
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "default.safetensors"
@@ -101,17 +102,30 @@ def resolve_threshold(
         The reason is for the log.
     """
     if request is None:
-        return _mean([model.threshold for model in models]), "the model's own"
+        return _mean([model.threshold for model in models]), f"the model's own{_estimate(models)}"
     if request.kind in ("recall", "precision"):
         curves = [curve_of(model) for model in models]
         threshold = _mean([curve.threshold(request) for curve in curves])
         recall = _mean([curve.recall_at(threshold) for curve in curves])
         precision = _mean([curve.precision_at(threshold) for curve in curves])
+        n = min(curve.n_positive for curve in curves)
         return threshold, (
-            f"for {request}; on the model's validation particles recall {recall:.3f}, "
-            f"precision {precision:.3f}"
+            f"for {request}; on the model's validation particles recall "
+            f"{share_interval(recall, n)}, precision {precision:.3f}"
         )
     return choose_threshold(request, scores), f"for {request}"
+
+
+def _estimate(models: Sequence[Model]) -> str:
+    """Return what validation said of a single model's own threshold, with intervals."""
+    known = models[0].provenance.get("validation", {})
+    if len(models) > 1 or "recall" not in known:
+        return ""
+    parts = [
+        f"{name} {Interval(*(np.nan if v is None else v for v in known[name]))}"
+        for name in ("recall", "precision")
+    ]
+    return f"; on its validation particles {', '.join(parts)}"
 
 
 def curve_of(model: Model) -> OperatingCurve:

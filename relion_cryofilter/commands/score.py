@@ -33,7 +33,8 @@ from relion_cryofilter.files import write_text
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.scoring import score_particles
-from relion_cryofilter.options import ScoreOptions, gpu_numbers
+from relion_cryofilter.option_kinds import gpu_numbers
+from relion_cryofilter.options import ScoreOptions
 from relion_cryofilter.progress import Progress, duration
 
 SCORES_CSV, FEATURES, BAD_IMAGES = "scores.csv", "features.npy", "bad_images.csv"

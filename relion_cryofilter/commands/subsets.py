@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
-from relion_cryofilter.data.star import Loop, StarFile, write_scored, write_subsets
+from relion_cryofilter.data.star import Loop, StarFile
+from relion_cryofilter.data.star_writing import write_scored, write_subsets
 from relion_cryofilter.errors import UsageError
 
 ALL, ACCEPTED, REJECTED = "particles.star", "particles_accepted.star", "particles_rejected.star"

@@ -20,6 +20,7 @@ from relion_cryofilter.commands import Output
 from relion_cryofilter.commands.evaluation import write_evaluation
 from relion_cryofilter.commands.metrics import results_folder
 from relion_cryofilter.commands.models import CURVE, check_pixel_size
+from relion_cryofilter.commands.selftests import log_self_tests, run_self_tests, unit_name
 from relion_cryofilter.data.labelled import LabelledSet, Split, split_by_micrograph
 from relion_cryofilter.data.stacks import read_header
 from relion_cryofilter.errors import UsageError
@@ -34,7 +35,6 @@ from relion_cryofilter.nn.training import (
     Settings,
     Trainer,
     fit_temperature,
-    noise_images,
     predict,
 )
 from relion_cryofilter.options import TrainOptions
@@ -43,18 +43,10 @@ from relion_cryofilter.relion.labels import read_labels
 from relion_cryofilter.results.figures import save_history
 from relion_cryofilter.results.metrics import evaluate
 from relion_cryofilter.results.operating_curve import OperatingCurve
-from relion_cryofilter.results.selftests import (
-    SelfTest,
-    leak_tests,
-    noise_test,
-    permutation_test,
-    split_test,
-)
 from relion_cryofilter.results.thresholds import choose_threshold
 
 MODEL, HISTORY, CHECKPOINT = "model.safetensors", "history.csv", "checkpoint_last.pt"
 DEFAULT_NETWORK = "straight"
-N_NOISE = 1000
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -165,7 +157,7 @@ def _announce(
     )  # fmt: skip
     parts = ", ".join(
         f"{name} {len(rows):,} ({labels[rows].sum():,} good, {len(np.unique(split.groups[rows]))} "
-        f"{_unit_name(labelled, split)}s)"
+        f"{unit_name(labelled, split)}s)"
         for name, rows in split.parts.items()
     )
     log.info("Split by %s, seed %d: %s.", split.unit, options.seed, parts)
@@ -188,12 +180,6 @@ def _announce(
     )  # fmt: skip
     if options.gpu:
         log.info("--gpu %s: training uses the processor.", options.gpu)
-
-
-def _unit_name(labelled: LabelledSet, split: Split) -> str:
-    """Return what `split.groups` numbers: micrographs wherever they are known."""
-    by_particle = split.unit == "particle" and labelled.particles.has_micrographs
-    return "micrograph" if by_particle else split.unit
 
 
 def _settings(options: TrainOptions) -> Settings:
@@ -259,6 +245,11 @@ def _calibrated(
                   **{name: len(part) for name, part in split.parts.items()}},
         "settings": asdict(_settings(options)),
         "best_epoch": best.epoch,
+        "validation": {
+            name: [None if np.isnan(value) else value for value in interval]
+            for name, interval in (("recall", evaluation.sensitivity),
+                                   ("precision", evaluation.precision), ("auc", evaluation.auc))
+        },
         "pixel_sizes_angstrom": sorted(
             {group.pixel_size_angstrom for group in labelled.particles.optics
              if group.pixel_size_angstrom}
@@ -294,7 +285,7 @@ def _measure(
     evaluation = evaluate(
         test.labels, scores, split.groups[split.test], model.threshold, seed=options.seed
     )
-    tests = _self_tests(model, loaded, labelled, split, options)
+    tests = run_self_tests(model, loaded, labelled, split, options.seed)
     about = {
         "data": labelled.particles.source,
         "part": f"test part of a split by {split.unit}, --split {options.split:g}"
@@ -305,30 +296,4 @@ def _measure(
     }
     write_evaluation(folder, test.particles, test.labels, scores, evaluation, about)
     log.info("On the test part, which played no role in training:\n%s", evaluation.summary())
-    log.info("Self-tests:")
-    for item in tests:
-        log.log(logging.INFO, "  %s", item)
-
-
-def _self_tests(
-    model: Model, loaded: Loaded, labelled: LabelledSet, split: Split, options: TrainOptions
-) -> list[SelfTest]:
-    particles = labelled.particles
-    boxes = np.array([read_header(path).nx for path in particles.stacks])[particles.stack_of]
-    statistics = {**loaded.statistics, "box size": boxes}
-    rng = np.random.default_rng(options.seed)
-    some = np.sort(rng.permutation(len(labelled))[:8000])
-    small = loaded.images.get(some)
-    thumbs = torch.nn.functional.adaptive_avg_pool2d(small[:, :1], 12).flatten(1).numpy()
-    places = {int(row): place for place, row in enumerate(some)}
-    train, test = (
-        np.array([places[row] for row in rows.tolist() if row in places], np.int64)
-        for rows in (split.train, split.test)
-    )
-    noise = model.preprocess(noise_images(int(np.median(boxes)), N_NOISE, options.seed))
-    return [
-        *leak_tests(statistics, labelled.labels, particles.stack_of),
-        permutation_test(thumbs, labelled.labels[some], train, test, options.seed),
-        noise_test(model.probabilities(noise).numpy(), model.threshold),
-        split_test(split.parts, split.groups, _unit_name(labelled, split)),
-    ]
+    log_self_tests(tests)

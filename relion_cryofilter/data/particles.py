@@ -13,13 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.data import star as star_text
+from relion_cryofilter.data.optics import (
+    OpticsGroup,
+    group_name,
+    pixel_size_relion30,
+    read_optics,
+)
 from relion_cryofilter.data.project import find_project
 from relion_cryofilter.data.stacks import read_header
 from relion_cryofilter.data.star import Loop, StarFile
 from relion_cryofilter.data.star_labels import (
     IMAGE_NAME,
-    IMAGE_PIXEL_SIZE,
-    IMAGE_SIZE,
     MICROGRAPH_NAME,
     OPTICS_GROUP,
 )
@@ -30,25 +34,6 @@ _MOST_IMAGES = 10_000_000
 
 _LARGEST_INDEX = 2**31 - 1
 """RELION and the MRC header count images with 32 bits."""
-
-
-@dataclass(frozen=True)
-class OpticsGroup:
-    """One optics group.
-
-    Attributes
-    ----------
-    name
-        The value of rlnOpticsGroup (or of rlnOpticsGroupName) as text.
-    pixel_size_angstrom
-        Å/px of the particle images; None when the file does not say.
-    box_px
-        Box size in pixels as the file says it; None when it does not.
-    """
-
-    name: str
-    pixel_size_angstrom: float | None = None
-    box_px: int | None = None
 
 
 @dataclass(frozen=True)
@@ -151,8 +136,8 @@ def read_particles(path: str | Path) -> ParticleSet:
     path = Path(path)
     star = star_text.read_star(path)
     loop = star_text.particle_loop(star)
-    optics_table = _read_optics(star)
-    groups = optics_table or {"1": OpticsGroup("1", _pixel_size_relion30(star, loop))}
+    optics_table = read_optics(star)
+    groups = optics_table or {"1": OpticsGroup("1", pixel_size_relion30(star, loop))}
     has_optics = bool(optics_table) and OPTICS_GROUP in loop.labels
     labels = [IMAGE_NAME, _micrograph_label(loop)]
     labels += [OPTICS_GROUP] if has_optics else []
@@ -165,7 +150,7 @@ def read_particles(path: str | Path) -> ParticleSet:
         ids[row] = (
             stacks.number(stack),
             micrographs.number(name),
-            groups_seen.number(_group_name(group[0])) if has_optics else 0,
+            groups_seen.number(group_name(group[0])) if has_optics else 0,
         )
     _check_groups(star, loop, list(groups), groups_seen.names, ids[:, 2])
     root = project_root(path, stacks.names[0])
@@ -296,48 +281,6 @@ def _image(star: StarFile, loop: Loop, row: int, name: str) -> tuple[int, str]:
             f"{star.path}, line {loop.first_line + row}: the image name is {name!r}; expected "
             "N@stack.mrcs with N from 1."
         ) from None
-
-
-def _read_optics(star: StarFile) -> dict[str, OpticsGroup]:
-    """Return the optics groups by their rlnOpticsGroup; empty when the file has no table."""
-    loop = star.loop("optics")
-    if loop is None or OPTICS_GROUP not in loop.labels:
-        return {}
-    wanted = [OPTICS_GROUP, IMAGE_PIXEL_SIZE, IMAGE_SIZE]
-    present = [label for label in wanted if label in loop.labels]
-    groups = {}
-    for values in star_text.columns(star, loop, present):
-        row = dict(zip(present, values))
-        name = _group_name(row[OPTICS_GROUP])
-        box = _number(row.get(IMAGE_SIZE))
-        groups[name] = OpticsGroup(
-            name, _number(row.get(IMAGE_PIXEL_SIZE)), int(box) if box else None
-        )
-    return groups
-
-
-def _group_name(text: str) -> str:
-    """Return an optics group's number as RELION reads it: ``01`` and ``1.000000`` are ``1``."""
-    number = _number(text)
-    return str(int(number)) if number and number == int(number) else text
-
-
-def _pixel_size_relion30(star: StarFile, loop: Loop) -> float | None:
-    """Return RELION 3.0's pixel size of the first row: detector pixel (µm) over magnification."""
-    labels = ["rlnDetectorPixelSize", "rlnMagnification"]
-    if not all(label in loop.labels for label in labels):
-        return None
-    detector, magnification = map(_number, next(star_text.columns(star, loop, labels)))
-    return detector * 1e4 / magnification if detector and magnification else None
-
-
-def _number(text: str | None) -> float | None:
-    """Return a positive number, or None for anything else (absent, 0, text)."""
-    try:
-        value = float(text or 0)
-    except ValueError:
-        return None
-    return value if 0 < value < float("inf") else None
 
 
 def _check_groups(

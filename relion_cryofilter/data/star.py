@@ -1,4 +1,4 @@
-"""Verbatim STAR text: blocks, labels, column values, one column added, row subsets.
+"""STAR text as RELION reads it: blocks, labels, rows as bytes, column values.
 
 Rows are bytes from the input to the output. They are never parsed into numbers and printed
 again, because that changes them: ``2.500000e-07`` becomes ``0.000000``, ``0012`` becomes ``12``.
@@ -12,20 +12,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from relion_cryofilter.data.star_labels import IMAGE_DIMENSIONALITY, IMAGE_NAME
 from relion_cryofilter.errors import StarError
-from relion_cryofilter.files import replacing
 
-_TOKEN = re.compile(
+TOKEN = re.compile(
     rb"""(?<!\S)(?:"(?:[^"]|"(?=\S))*"(?=\s|$)|'(?:[^']|'(?=\S))*'(?=\s|$)|\#.*|\S+)""", re.VERBOSE
 )
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -289,7 +285,7 @@ def tokens(line: bytes) -> list[bytes]:
     """Split one row into its values: quotes kept, a trailing ``# comment`` left out."""
     if not _SPECIAL.search(line):
         return line.split()
-    words: list[bytes] = _TOKEN.findall(line)
+    words: list[bytes] = TOKEN.findall(line)
     return words[:-1] if words and words[-1].startswith(b"#") else words
 
 
@@ -336,102 +332,3 @@ def _unquoted(word: bytes) -> str:
     if word[:1] in (b'"', b"'") and len(word) > 1 and word[-1:] == word[:1]:
         word = word[1:-1]
     return os.fsdecode(word)
-
-
-def write_scored(
-    star: StarFile,
-    loop: Loop,
-    label: str,
-    values: np.ndarray,
-    subsets: Mapping[Path, np.ndarray],
-) -> None:
-    """Write copies of `star` whose particle rows carry `values` in the column `label`.
-
-    Each row keeps its bytes. The value is appended as RELION's own ``--add_column`` would, or
-    put in place of the old one where `label` is there already. All other blocks are copied. The
-    files appear together, when all of them are complete.
-
-    Parameters
-    ----------
-    star, loop
-        The file and its particle loop.
-    label
-        The column's label, without underscore.
-    values
-        (n_rows,) one number a row; printed with six decimals.
-    subsets
-        For each file to write, a (n_rows,) mask of the rows to keep.
-    """
-    place = _overwrite(loop.labels.index(label)) if label in loop.labels else _append
-    texts = (b"%.6f" % value for value in values.tolist())
-    scored = map(place, rows(star, loop), texts)
-    _write_rows(
-        star, loop, scored, subsets, b"" if label in loop.labels else _label_line(loop, label)
-    )
-
-
-def write_subsets(star: StarFile, loop: Loop, subsets: Mapping[Path, np.ndarray]) -> None:
-    """Write copies of `star` with some of its particle rows, byte for byte.
-
-    Parameters
-    ----------
-    star, loop
-        The file and its particle loop.
-    subsets
-        For each file to write, a (n_rows,) mask of the rows to keep.
-    """
-    _write_rows(star, loop, rows(star, loop), subsets, b"")
-
-
-def _write_rows(
-    star: StarFile,
-    loop: Loop,
-    lines: Iterable[bytes],
-    subsets: Mapping[Path, np.ndarray],
-    new_label: bytes,
-) -> None:
-    masks = [mask.tolist() for mask in subsets.values()]
-    with ExitStack() as stack, star.path.open("rb", buffering=1 << 20) as source:
-        files = [stack.enter_context(replacing(path)) for path in subsets]
-        head = source.read(loop.labels_end) + new_label
-        head += source.read(loop.rows_start - loop.labels_end)
-        for file in files:
-            file.write(head)
-        for line, *keep in zip(lines, *masks):
-            for file, kept in zip(files, keep):
-                if kept:
-                    file.write(line)
-        source.seek(loop.rows_end)
-        tail = source.read()
-        for file in files:
-            file.write(tail)
-
-
-def _label_line(loop: Loop, label: str) -> bytes:
-    """Return the line of a new last label, in the layout of the others."""
-    number = f" #{len(loop.labels) + 1}" if loop.numbered else ""
-    return f"_{label}{number}".encode() + loop.label_tail
-
-
-def _append(line: bytes, value: bytes) -> bytes:
-    """Put `value` after the last token of a row, in RELION's layout where the row has it."""
-    end = len(line)
-    if b"#" in line:
-        comment = next((m for m in _TOKEN.finditer(line) if m[0].startswith(b"#")), None)
-        end = comment.start() if comment else end
-    if end == len(line):
-        end = len(line.rstrip(b"\n"))
-    body, tail = line[:end], line[end:]
-    if body[-1:] in (b" ", b"\t"):
-        return body + value.rjust(12) + b" " + tail
-    return body + b" " + value + tail
-
-
-def _overwrite(column: int) -> Callable[[bytes, bytes], bytes]:
-    """Return a function that puts a value in place of the token in `column`."""
-
-    def place(line: bytes, value: bytes) -> bytes:
-        match = next(islice(_TOKEN.finditer(line), column, None))
-        return line[: match.start()] + value.rjust(len(match[0])) + line[match.end() :]
-
-    return place

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from relion_cryofilter.errors import CryoFilterError, ModelError
+from relion_cryofilter.results.bootstrap import Interval
 from relion_cryofilter.results.thresholds import (
     DECIMALS,
     STEPS,
@@ -163,3 +164,15 @@ def _count_by_quantiles(quantiles: tuple[float, ...], n: int, thresholds: ArrayL
     below = rank[left] + 1 + way * (rank[right] - rank[left] - 1)
     below = np.where(after == 0, 0, np.where(after == len(score), n, below))
     return n - below
+
+
+def share_interval(share: float, n: int) -> Interval:
+    """Return a share of `n` particles with its 95 % interval, each particle by itself.
+
+    Wilson's score interval (J. Am. Stat. Assoc. 22, 209, 1927). Particles of one micrograph are
+    alike, so it is rather too narrow; where the images are at hand, `bootstrap` does better.
+    """
+    z2 = 1.96**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = 1.96 / (1 + z2 / n) * np.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
