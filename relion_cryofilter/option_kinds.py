@@ -118,6 +118,9 @@ _EXPECTED = {
 
 def check_limits(item: Field[Any], value: Any) -> None:
     """Raise a UsageError if a number is outside what the option allows."""
+    choices = item.metadata.get("choices")
+    if choices and value is not None and value not in choices:
+        raise UsageError(f"--{item.name} is {value!r}; expected {' or '.join(choices)}.")
     low, high = item.metadata.get("low"), item.metadata.get("high")
     if value is None or (low is None and high is None):
         return

@@ -128,14 +128,20 @@ class TrainOptions(JobOptions, LabelOptions):
     batch_size: int = option("Images a step.", "integer", 64, low=1)
     learning_rate: float = option("At the start; it falls.", "number", 1e-3, low=1e-8, high=1.0)
     augmentation: bool = option("Show images flipped and rotated too.", "flag", True)
-    model: str | None = option("Network: straight or roberts.", "text")
+    model: str | None = option(
+        "Network: straight or roberts.", "text", choices=("straight", "roberts")
+    )
     f: int | None = option("Filters of the network's convolutions. Default: 32.", "integer", low=1)
     img_dim: int | None = option("Network image size in px. Default: 28.", "integer", low=8)
     preprocess: str | None = option(
-        "blur_resize (as in 2020) or fourier_crop. Default: blur_resize.", "text"
+        "blur_resize (as in 2020) or fourier_crop. Default: blur_resize.",
+        "text",
+        choices=("blur_resize", "fourier_crop"),
     )
     init: Path | None = option("Model to start from (fine-tuning).", "path")
-    seed: int = option("Of the split, the weights and the order.", "integer", 0, low=0)
+    seed: int = option(
+        "Of the split, the weights and the order.", "integer", 0, low=0, high=2**31 - 1
+    )
     threshold: ThresholdRequest = option(
         "Threshold to store in the model, from validation: recall=0.95, precision=0.9, keep=0.6, "
         "0.6, or 2020 (0.5).", "threshold", ThresholdRequest("recall", 0.95),
@@ -158,7 +164,7 @@ class MetricsOptions(ModelOptions, LabelOptions):
         "Measure only on the test part of a training with this --split and --seed.",
         "number", low=0.05, high=0.95,
     )  # fmt: skip
-    seed: int = option("Seed of the split.", "integer", 0, low=0)
+    seed: int = option("Seed of the split.", "integer", 0, low=0, high=2**31 - 1)
     out_dir: Path | None = option("The 2020 name of --o.", "path")
 
 

@@ -96,6 +96,7 @@ def test_a_stale_backup_selection_and_a_filtered_selection_are_noted(select_job)
     ("spoil", "message"),
     [
         (lambda job: (job / "job.star").unlink(), "no labels here. Expected the particles.star of"),
+        (lambda job: (job / "particles.star").unlink(), "does not exist"),
         (
             lambda job: (job / "class_averages.star").unlink(),
             r"class_averages\.star: can't be read",
@@ -147,6 +148,42 @@ def test_a_file_without_classes_is_refused(project):
         read_labels(Path("Extract/job001/particles.star"), pos_classes=[1])
 
 
+@pytest.mark.parametrize(
+    ("reference", "kept"),
+    [("Class3D/job002/run_it025_class003.mrc", 24), ("000003@x_classes.mrcs", 24)],
+)
+def test_the_class_is_read_from_the_reference(select_job, reference, kept):
+    text = (select_job / "class_averages.star").read_text()
+    text = text.replace("_rlnClassNumber #2\n", "").replace(" 3\n", "\n")
+    text = text.replace("000003@Class2D/job002/run_it012_classes.mrcs", reference)
+    (select_job / "class_averages.star").write_text(text)
+    assert read_labels(select_job / "particles.star").labels.sum() == kept
+
+
+@pytest.mark.parametrize("number", ["abc", "nan", "1.5"])
+def test_a_class_number_that_is_none_is_refused(select_job, number):
+    text = (select_job / "class_averages.star").read_text()
+    (select_job / "class_averages.star").write_text(text.replace(" 3\n", f" {number}\n"))
+    with pytest.raises(CryoFilterError, match=r"rlnClassNumber is .*expected a number"):
+        read_labels(select_job / "particles.star")
+
+
+def test_a_selection_of_other_particles_is_refused(select_job):
+    text = (select_job / "class_averages.star").read_text()
+    (select_job / "class_averages.star").write_text(text.replace(" 3\n", " 1\n"))
+    with pytest.raises(CryoFilterError, match="has none of the 12 particles of the kept classes"):
+        read_labels(select_job / "particles.star")
+
+
+def test_rows_that_contradict_each_other_are_left_out(select_job):
+    text = DATA.read_text()
+    row = next(line for line in text.splitlines() if "@" in line and line.rstrip().endswith(" 3"))
+    DATA.write_text(text.rstrip() + f"\n{row.rstrip()[:-1]}1 \n{row}\n\n")
+    labelled = read_labels(DATA, pos_classes=[3])
+    assert len(labelled) == 47
+    assert any("1 particles are named as good and as bad" in note for note in labelled.notes)
+
+
 def half_star(project, name, keep):
     text = Path("Extract/job001/particles.star").read_text().splitlines(keepends=True)
     chosen = [line for line in text if "@" not in line or keep(line)]
@@ -160,8 +197,8 @@ def test_files_of_both_kinds_mix_star_and_stacks_and_count_doubles(project):
     labelled = read_labels(None, [good, good], [bad, Path("Extract/job001/Mics/mic3.mrcs")])
     assert labelled.labels.sum() == 23
     assert (~labelled.labels).sum() == 12
-    assert any("1 particles are named as positive and as negative" in n for n in labelled.notes)
-    assert any("24 particles are named more than once" in note for note in labelled.notes)
+    assert any("1 particles are named as good and as bad" in n for n in labelled.notes)
+    assert any("23 rows name a particle again" in note for note in labelled.notes)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +258,29 @@ def test_no_micrograph_is_on_two_sides_and_every_side_has_both_kinds(tmp_path, s
     assert all(0 < labels[rows].sum() < len(rows) for rows in split.parts.values())
     again = split_by_micrograph(particles, labels, 0.7, seed)
     assert all(np.array_equal(a, b) for a, b in zip(split.parts.values(), again.parts.values()))
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_rows(tmp_path):
+    particles = particles_of(30, 20, tmp_path)
+    labels = np.random.default_rng(0).random(600) < 0.3
+    first = split_by_micrograph(particles, labels, 0.7, 3)
+    order = np.random.default_rng(1).permutation(600)
+    again = split_by_micrograph(particles.take(order), labels[order], 0.7, 3)
+    shuffled = concatenate([particles.take(order[300:]), particles.take(order[:300])])
+    third = split_by_micrograph(shuffled, np.roll(labels[order], 300), 0.7, 3)
+    for a, b, c in zip(*(split.parts.values() for split in (first, again, third))):
+        names = {particles.image_name(row) for row in a}
+        assert names == {particles.image_name(order[row]) for row in b}
+        assert names == {shuffled.image_name(row) for row in c}
+    single = split_by_micrograph(particles.take(np.arange(40)), labels[:40], 0.7, 0)
+    assert single.unit == "particle"
+
+
+def test_neighbours_are_told_by_micrograph_whatever_was_shared_out(tmp_path):
+    particles = particles_of(2, 50, tmp_path)
+    split = split_by_micrograph(particles, np.arange(100) % 2 == 0, 0.7, 0)
+    assert (split.unit, split.cluster_unit) == ("particle", "micrograph")
+    assert set(split.clusters) == {0, 1}
 
 
 def test_without_micrograph_names_whole_stacks_are_shared_out(tmp_path):

@@ -186,6 +186,55 @@ OUTPUTS = [
 ]  # fmt: skip
 
 
+def test_a_checkpoint_of_other_images_is_not_gone_on_from(select_project, capsys):
+    assert job.main(train_words("--epochs 1").split()) == 0
+    stack = Path("Extract/job001/Mics/mic0.mrcs")
+    os.utime(stack, (1, 1))
+    assert job.main(train_words("--epochs 1").split()) == 0
+    assert "of another training; starting anew" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_started_anew(select_project, capsys):
+    assert job.main(train_words("--epochs 1").split()) == 0
+    first = load_model(Path(JOB, "model.safetensors")).hash
+    data = Path(JOB, "checkpoint_last.pt").read_bytes()
+    Path(JOB, "checkpoint_last.pt").write_bytes(data[: len(data) // 2])
+    assert job.main(train_words("--epochs 1").split()) == 0
+    assert "can't be read" in capsys.readouterr().out
+    assert load_model(Path(JOB, "model.safetensors")).hash == first
+
+
+def test_bad_images_are_left_out_of_the_same_split(select_project, capsys):
+    path = Path("Extract/job001/Mics/mic1.mrcs")
+    data = np.fromfile(path, "<f4", offset=1024).reshape(-1, 32, 32)
+    data[3], data[4] = 5.0, np.nan
+    path.write_bytes(path.read_bytes()[:1024] + data.tobytes())
+    assert job.main(train_words("--epochs 1").split()) == 1
+    assert "--skip_bad leaves them out" in capsys.readouterr().err
+    assert job.main(train_words("--epochs 1 --skip_bad").split()) == 0
+    with Path(JOB, "predictions.csv").open() as file:
+        trained = {row["image"] for row in csv.DictReader(file)}
+    words = "metrics --o M/ --in_parts Select/job003/particles.star --skip_bad --split 0.7"
+    assert job.main([*words.split(), "--weights", f"{JOB}model.safetensors"]) == 0
+    with Path("M/predictions.csv").open() as file:
+        assert {row["image"] for row in csv.DictReader(file)} == trained
+
+
+def test_a_model_is_not_trained_over_its_own_start(select_project, capsys):
+    assert job.main(train_words("--epochs 1").split()) == 0
+    assert job.main(train_words(f"--epochs 1 --init {JOB}model.safetensors").split()) == 2
+    assert "would overwrite the input" in capsys.readouterr().err
+
+
+def test_recall_is_asked_of_a_model_that_knows_before_images_are_read(select_project, capsys):
+    making.tiny_model().save("plain.safetensors")
+    for stack in Path("Extract/job001/Mics").iterdir():
+        stack.unlink()
+    words = "score --o S/ --in_parts Extract/job001/particles.star --weights plain.safetensors"
+    assert job.main([*words.split(), "--threshold", "recall=0.9"]) == 2
+    assert "has no validation curve" in capsys.readouterr().err
+
+
 def test_a_training_job_leaves_model_history_and_figures(select_project, capsys):
     assert job.main(train_words("--epochs 3").split()) == 0
     for name in OUTPUTS:
@@ -355,13 +404,23 @@ def test_metrics_measures_on_all_or_on_the_test_part(trained, capsys):
         assert set(next(csv.DictReader(file))) == {"image", "micrograph", "label", "score"}
 
 
-def test_metrics_on_the_training_particles_warns(select_project, capsys):
-    assert job.main(train_words("--epochs 1").split()) == 0
-    words = (
-        f"metrics --o M/ --in_parts Select/job003/particles.star --weights {JOB}model.safetensors"
-    )
+def test_metrics_on_micrographs_that_the_model_has_seen_warns(select_project, capsys):
+    lines = Path("Extract/job001/particles.star").read_text().splitlines(keepends=True)
+    for name, first in (("good", True), ("bad", False)):
+        kept = [x for x in lines if "@" not in x or (int(x.split("@")[0][-6:]) > 12) == first]
+        Path(f"{name}.star").write_text("".join(kept))
+    labels = "--pos good.star --neg bad.star"
+    assert job.main(f"train --o T/ {labels} --epochs 1 --j 1".split()) == 0
+    assert "Split by micrograph" in capsys.readouterr().out
+    words = f"metrics --o M/ {labels} --weights T/model.safetensors"
     assert job.main(words.split()) == 0
-    assert "The model was trained on these particles" in capsys.readouterr().out
+    assert "was trained or validated on 3 of these 4 micrographs" in capsys.readouterr().out
+    assert job.main([*words.split(), "--split", "0.7"]) == 0
+    assert "was trained or validated on" not in capsys.readouterr().out
+    assert Path("M/predictions.csv").read_bytes() == Path("T/predictions.csv").read_bytes()
+    for seed in "1234":
+        assert job.main([*words.split(), "--split", "0.7", "--seed", seed]) == 0
+    assert "was trained or validated on" in capsys.readouterr().out
 
 
 def test_several_models_are_averaged(trained):

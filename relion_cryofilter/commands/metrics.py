@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +12,19 @@ from relion_cryofilter.commands import Output
 from relion_cryofilter.commands.evaluation import write_evaluation
 from relion_cryofilter.commands.models import (
     check_pixel_size,
+    check_request,
     describe_models,
     read_models,
     resolve_threshold,
 )
-from relion_cryofilter.data.labelled import clusters_of, split_by_micrograph
-from relion_cryofilter.errors import UsageError
+from relion_cryofilter.data.labelled import (
+    LabelledSet,
+    clusters_of,
+    seen_units,
+    split_by_micrograph,
+)
+from relion_cryofilter.errors import CryoFilterError, UsageError
+from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.scoring import score_particles
 from relion_cryofilter.option_kinds import gpu_numbers
@@ -49,7 +56,7 @@ def metrics(
         log.info("%s", note)
     models = read_models(options)
     check_pixel_size(models, labelled.particles)
-    trained_on = {model.provenance.get("fingerprint") for model in models}
+    check_request(options.threshold, models)
     part = "all labelled particles"
     if options.split is not None:
         split = split_by_micrograph(
@@ -58,11 +65,10 @@ def metrics(
         part = f"test part of a split by {split.unit}, --split {options.split:g}"
         part += f" --seed {options.seed}"
         labelled = labelled.take(split.test)
-    elif labelled.fingerprint in trained_on:
-        log.warning(
-            "The model was trained on these particles, so the figures are too good. --split with "
-            "the training's --split and --seed measures on what it never saw."
-        )
+    if options.split is not None and split.unit != split.cluster_unit:
+        log.warning("The split is by %s, so neighbours may be on two sides.", split.unit)
+    else:
+        _warn_of_seen(models, labelled)
     log.info("Model %s; measured on %s.", describe_models(models, options), part)
     scores = score_particles(
         labelled.particles,
@@ -78,21 +84,37 @@ def metrics(
     labelled, values = labelled.take(good), np.round(scores.values[good], 6)
     if len(scores.bad):
         log.warning("%s\nThey are left out.", scores.bad.summary())
+    if len(set(labelled.labels.tolist())) < 2:
+        raise CryoFilterError("Only particles of one kind are left, so nothing can be measured.")
     threshold, reason = resolve_threshold(options.threshold, models, values)
-    evaluation = evaluate(
-        labelled.labels, values, clusters_of(labelled.particles), threshold, seed=options.seed
-    )
+    clusters, unit = clusters_of(labelled.particles)
+    evaluation = evaluate(labelled.labels, values, clusters, threshold, seed=options.seed)
     about = {
         "data": labelled.particles.source,
         "part": part,
         "models": describe_models(models, options),
         "tta": options.tta,
         "threshold_reason": reason,
+        "clusters": unit,
     }
     write_evaluation(folder, labelled.particles, labelled.labels, values, evaluation, about)
     log.info("Threshold %g (%s).\n%s", threshold, reason, evaluation.summary())
     log.info("Results are in %s/", folder)
     return ()
+
+
+def _warn_of_seen(models: Sequence[Model], labelled: LabelledSet) -> None:
+    """Warn where a model was trained or validated on the micrographs that it is measured on."""
+    units = seen_units(labelled.particles)
+    for model in models:
+        shared = len(set(model.provenance.get("seen", ())).intersection(units))
+        if shared:
+            log.warning(
+                "The model (hash %s) was trained or validated on %d of these %d %ss, so the "
+                "figures are too good. Measure on the test part of its training: --split and "
+                "--seed as there.",
+                model.hash, shared, len(units), clusters_of(labelled.particles)[1],
+            )  # fmt: skip
 
 
 def results_folder(o: Path | None, out_dir: Path | None) -> Path:

@@ -82,6 +82,13 @@ def check_pixel_size(models: Sequence[Model], particles: ParticleSet) -> None:
                 )  # fmt: skip
 
 
+def check_request(request: ThresholdRequest | None, models: Sequence[Model]) -> None:
+    """Raise, before images are read, if the models can't answer a request."""
+    if request is not None and request.kind in ("recall", "precision"):
+        for model in models:
+            curve_of(model).threshold(request)
+
+
 def resolve_threshold(
     request: ThresholdRequest | None, models: Sequence[Model], scores: np.ndarray
 ) -> tuple[float, str]:
@@ -106,12 +113,16 @@ def resolve_threshold(
     if request.kind in ("recall", "precision"):
         curves = [curve_of(model) for model in models]
         threshold = _mean([curve.threshold(request) for curve in curves])
-        recall = _mean([curve.recall_at(threshold) for curve in curves])
-        precision = _mean([curve.precision_at(threshold) for curve in curves])
-        n = min(curve.n_positive for curve in curves)
+        if len(curves) > 1:
+            return threshold, (
+                f"for {request}, roughly: the mean of the thresholds of {len(curves)} models; "
+                "metrics on labelled particles tells what it gives"
+            )
+        recall = share_interval(curves[0].recall_at(threshold), curves[0].n_positive)
+        precision = curves[0].precision_at(threshold)
         return threshold, (
-            f"for {request}; on the model's validation particles recall "
-            f"{share_interval(recall, n)}, precision {precision:.3f}"
+            f"for {request}; on the model's validation particles recall {recall}, precision "
+            f"{precision:.3f}"
         )
     return choose_threshold(request, scores), f"for {request}"
 

@@ -13,6 +13,7 @@ import numpy as np
 from relion_cryofilter.commands import Output
 from relion_cryofilter.commands.models import (
     check_pixel_size,
+    check_request,
     describe_models,
     read_models,
     resolve_threshold,
@@ -58,6 +59,7 @@ def score(
     particles = _read_input(options)
     models = read_models(options)
     check_pixel_size(models, particles)
+    check_request(options.threshold, models)
     devices = choose_devices(gpu_numbers(options.gpu))
     _announce(particles, models, options)
     for folder in (places.star, places.csv.parent, places.extras):

@@ -20,7 +20,7 @@ from relion_cryofilter.commands.subsets import (
 from relion_cryofilter.data.star import Loop, StarFile, columns, particle_loop, read_star
 from relion_cryofilter.errors import ModelError, StarError, UsageError
 from relion_cryofilter.options import SelectOptions
-from relion_cryofilter.results.operating_curve import OperatingCurve
+from relion_cryofilter.results.operating_curve import OperatingCurve, share_interval
 from relion_cryofilter.results.thresholds import choose_threshold
 
 log = logging.getLogger("relion_cryofilter")
@@ -44,14 +44,21 @@ def select(
     star = read_star(options.in_parts)
     loop = particle_loop(star)
     scores = read_scores(star, loop, options.score_label.removeprefix("_"))
-    if options.threshold.kind in ("recall", "precision"):
-        threshold = _stored_curve(options.weights).threshold(options.threshold)
+    request, reason = options.threshold, f"for {options.threshold}"
+    if request.kind in ("recall", "precision"):
+        curve = _stored_curve(options.weights)
+        threshold = curve.threshold(request)
+        recall = share_interval(curve.recall_at(threshold), curve.n_positive)
+        reason += f"; on the model's validation particles recall {recall}, precision "
+        reason += f"{curve.precision_at(threshold):.3f}"
     else:
-        threshold = choose_threshold(options.threshold, scores)
+        threshold = choose_threshold(request, scores)
     accepted = scores >= threshold
+    if request.kind == "count" and accepted.sum() > request.value:
+        reason += "; particles that tie with the last one are accepted too"
     options.o.mkdir(parents=True, exist_ok=True)
     outputs = write_accepted_and_rejected(options.o, star, loop, accepted)
-    log.info("Threshold %g (for %s): %s.", threshold, options.threshold, describe_counts(accepted))
+    log.info("Threshold %g (%s): %s.", threshold, reason, describe_counts(accepted))
     log.info("Results are in %s/", options.o)
     return outputs
 
@@ -75,9 +82,10 @@ def read_scores(star: StarFile, loop: Loop, label: str) -> np.ndarray:
             scores[row] = float(text)
         except ValueError:
             scores[row] = np.nan
-        if np.isnan(scores[row]):
+        if not 0 <= scores[row] <= 1:
             raise StarError(
-                f"{star.path}, line {loop.first_line + row}: {label} is {text!r}; expected a number"
+                f"{star.path}, line {loop.first_line + row}: {label} is {text!r}; expected "
+                "a score from 0 to 1."
             )
     return scores
 
@@ -92,7 +100,12 @@ def _stored_curve(path: Path | None) -> OperatingCurve:
         with safe_open(str(path), framework="np") as file:
             text = (file.metadata() or {})["relion_cryofilter"]
         return OperatingCurve.from_dict(json.loads(text)["provenance"]["operating_curve"])
-    except (OSError, KeyError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{path}: can't be read as one model file ({error}). Name the .safetensors of a train "
+            "job; select takes one."
+        ) from error
+    except (KeyError, ValueError) as error:
         raise ModelError(
             f"{path}: has no validation curve ({error!r}). Give a model made by `train`, or "
             "ask for a threshold such as 0.5 or keep=0.6."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from relion_cryofilter.nn.small_images import Loaded
 from relion_cryofilter.nn.training import noise_images
 from relion_cryofilter.results.selftests import (
     SelfTest,
+    copies_test,
+    evidence_test,
     leak_tests,
     noise_test,
     permutation_test,
@@ -38,32 +40,41 @@ def log_self_tests(tests: Sequence[SelfTest]) -> None:
             log.warning("self-test %s: %s", test.name, test.finding)
 
 
-def unit_name(labelled: LabelledSet, split: Split) -> str:
-    """Return what `split.groups` numbers: micrographs wherever they are known."""
-    by_particle = split.unit == "particle" and labelled.particles.has_micrographs
-    return "micrograph" if by_particle else split.unit
-
-
 def run_self_tests(
     model: Model, loaded: Loaded, labelled: LabelledSet, split: Split, seed: int
 ) -> list[SelfTest]:
     """Ask all self-tests of a training; see `results.selftests`."""
-    particles = labelled.particles
+    particles, labels = labelled.particles, labelled.labels
     boxes = np.array([read_header(path).nx for path in particles.stacks])[particles.stack_of]
-    statistics = {**loaded.statistics, "box size": boxes}
-    rng = np.random.default_rng(seed)
-    some = np.sort(rng.permutation(len(labelled))[:MOST_PROBED])
+    sizes = np.array([group.pixel_size_angstrom or 0.0 for group in particles.optics])
+    statistics = {
+        **loaded.statistics,
+        "box size": boxes.astype(np.float64),
+        "pixel size": sizes[particles.optics_of],
+    }
+    used = np.sort(np.concatenate(list(split.parts.values())))
+    identity = _equal_images(loaded.statistics)
+    some = np.sort(np.random.default_rng(seed).permutation(used)[:MOST_PROBED])
     small = loaded.images.get(some)
-    thumbs = torch.nn.functional.adaptive_avg_pool2d(small[:, :1], THUMBNAIL_PX).flatten(1).numpy()
-    places = {int(row): place for place, row in enumerate(some)}
-    train, test = (
-        np.array([places[row] for row in rows.tolist() if row in places], np.int64)
-        for rows in (split.train, split.test)
-    )
+    thumbs = torch.nn.functional.adaptive_avg_pool2d(small[:, :1], THUMBNAIL_PX).flatten(1)
+    train, test = (np.flatnonzero(np.isin(some, rows)) for rows in (split.train, split.test))
     noise = model.preprocess(noise_images(int(np.median(boxes)), N_NOISE, seed))
+    others = np.concatenate([split.validation, split.test])
     return [
-        *leak_tests(statistics, labelled.labels, particles.stack_of),
-        permutation_test(thumbs, labelled.labels[some], train, test, seed),
+        *leak_tests(
+            {name: values[used] for name, values in statistics.items()},
+            labels[used],
+            particles.stack_of[used],
+        ),
+        copies_test(identity, split.train, others),
+        permutation_test(thumbs.numpy(), labels[some], identity[some], train, test, seed),
         noise_test(model.probabilities(noise).numpy(), model.threshold),
-        split_test(split.parts, split.groups, unit_name(labelled, split)),
+        split_test(split.parts, split.clusters, split.cluster_unit),
+        evidence_test(split.parts, labels),
     ]
+
+
+def _equal_images(statistics: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return (n,) numbers, the same for images whose statistics agree to the last bit."""
+    rows = np.stack([np.nan_to_num(values) for values in statistics.values()], axis=1)
+    return np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1)

@@ -20,10 +20,17 @@ from relion_cryofilter.commands import Output
 from relion_cryofilter.commands.evaluation import write_evaluation
 from relion_cryofilter.commands.metrics import results_folder
 from relion_cryofilter.commands.models import CURVE, check_pixel_size
-from relion_cryofilter.commands.selftests import log_self_tests, run_self_tests, unit_name
-from relion_cryofilter.data.labelled import LabelledSet, Split, split_by_micrograph
+from relion_cryofilter.commands.selftests import log_self_tests, run_self_tests
+from relion_cryofilter.commands.subsets import refuse_to_overwrite
+from relion_cryofilter.data.labelled import (
+    LabelledSet,
+    Split,
+    seen_units,
+    short_hash,
+    split_by_micrograph,
+)
 from relion_cryofilter.data.stacks import read_header
-from relion_cryofilter.errors import UsageError
+from relion_cryofilter.errors import CryoFilterError, UsageError
 from relion_cryofilter.files import write_text
 from relion_cryofilter.nn.checkpoint import Model, load_model
 from relion_cryofilter.nn.network import Network
@@ -79,16 +86,22 @@ def train(
     for note in labelled.notes:
         log.info("%s", note)
     network, preprocess = _network(options, labelled)
-    labelled, loaded = _load(labelled, preprocess, options, abort_requested)
     split = split_by_micrograph(labelled.particles, labelled.labels, options.split, options.seed)
+    loaded = _load(labelled, preprocess, options, abort_requested)
+    split = split.without(loaded.bad.rows)
+    _check_parts(split, labelled.labels)
     _announce(labelled, split, network, loaded, options)
     trainer = Trainer(
         network, loaded.images, labelled.labels, split, _settings(options),
-        folder / CHECKPOINT, _identity(options, labelled, network, preprocess),
+        folder / CHECKPOINT, _identity(options, labelled, network, preprocess, split, loaded),
     )  # fmt: skip
     steps = options.epochs * len(split.train)
-    history = trainer.run(Progress(steps, "image steps", abort_requested))
-    _write_history(options.history_dir or folder, history)
+    history_folder = options.history_dir or folder
+    history = trainer.run(
+        Progress(steps, "image steps", abort_requested),
+        lambda epochs: _write_history(history_folder, epochs),
+    )
+    save_history(history_folder / "history.png", [asdict(epoch) for epoch in history])
     model = _calibrated(network, preprocess, loaded, labelled, split, options, trainer.best)
     _save(model, options.weight_dir or folder)
     _measure(folder, model, loaded, labelled, split, options)
@@ -99,6 +112,8 @@ def train(
 def _network(options: TrainOptions, labelled: LabelledSet) -> tuple[Network, Preprocess]:
     """Return the network to train: a new one, or that of ``--init``."""
     if options.init is not None:
+        target = (options.weight_dir or options.o or options.out_dir or Path()) / MODEL
+        refuse_to_overwrite([options.init], [target])
         model = load_model(options.init)
         found = {
             "model": model.network.name,
@@ -125,26 +140,29 @@ def _load(
     preprocess: Preprocess,
     options: TrainOptions,
     abort_requested: Callable[[], bool],
-) -> tuple[LabelledSet, Loaded]:
-    """Read the images; leave out those that can't be used, if that is allowed."""
-    progress = Progress(len(labelled), "images read", abort_requested)
-    memory = options.max_memory * 1e9
+) -> Loaded:
+    """Read the images; those that can't be used are refused, or left out if that is allowed."""
     loaded = load_small_images(
-        labelled.particles, preprocess, progress, threads=options.threads, max_memory_bytes=memory
-    )
-    if not len(loaded.bad):
-        return labelled, loaded
-    if not options.skip_bad:
-        loaded.bad.refuse()
-    log.warning("%s\nThey are left out.", loaded.bad.summary())
-    labelled = labelled.take(np.setdiff1d(np.arange(len(labelled)), loaded.bad.rows))
-    return labelled, load_small_images(
         labelled.particles,
         preprocess,
         Progress(len(labelled), "images read", abort_requested),
         threads=options.threads,
-        max_memory_bytes=memory,
+        max_memory_bytes=options.max_memory * 1e9,
     )
+    if not options.skip_bad:
+        loaded.bad.refuse("--skip_bad leaves them out")
+    elif len(loaded.bad):
+        log.warning("%s\nThey are left out.", loaded.bad.summary())
+    return loaded
+
+
+def _check_parts(split: Split, labels: np.ndarray) -> None:
+    for name, rows in split.parts.items():
+        if len(set(labels[rows].tolist())) < 2:
+            raise CryoFilterError(
+                f"The {name} part has no {'bad' if labels[rows].any() else 'good'} particle left. "
+                "Mend the images or label more."
+            )
 
 
 def _announce(
@@ -156,8 +174,8 @@ def _announce(
         f"{len(labelled):,}", f"{labels.sum():,}", f"{(~labels).sum():,}", loaded.images.where,
     )  # fmt: skip
     parts = ", ".join(
-        f"{name} {len(rows):,} ({labels[rows].sum():,} good, {len(np.unique(split.groups[rows]))} "
-        f"{unit_name(labelled, split)}s)"
+        f"{name} {len(rows):,} ({labels[rows].sum():,} good, "
+        f"{len(np.unique(split.clusters[rows]))} {split.cluster_unit}s)"
         for name, rows in split.parts.items()
     )
     log.info("Split by %s, seed %d: %s.", split.unit, options.seed, parts)
@@ -167,11 +185,11 @@ def _announce(
             "Whole %ss allow only %.0f %% for training (asked: %.0f %%); more of them would help.",
             split.unit, 100 * share, 100 * options.split,
         )  # fmt: skip
-    if split.unit == "particle":
+    if split.unit == "particle" or split.unit != split.cluster_unit:
         log.warning(
-            "The split is by particle: no micrographs are known, or too few hold both kinds. "
-            "Neighbours may be on two sides, so figures may be somewhat too good."
-        )
+            "The split is by %s: no micrographs are known, or too few hold both kinds. Neighbours "
+            "may be on two sides, so figures may be somewhat too good.", split.unit,
+        )  # fmt: skip
     weights = sum(parameter.numel() for parameter in network.parameters())
     log.info(
         "Network %s, %d px, %s weights%s; %d thread(s).",
@@ -188,15 +206,25 @@ def _settings(options: TrainOptions) -> Settings:
 
 
 def _identity(
-    options: TrainOptions, labelled: LabelledSet, network: Network, preprocess: Preprocess
+    options: TrainOptions,
+    labelled: LabelledSet,
+    network: Network,
+    preprocess: Preprocess,
+    split: Split,
+    loaded: Loaded,
 ) -> dict[str, Any]:
     """Return what a checkpoint must agree on to be gone on from."""
-    start = load_model(options.init).hash if options.init else ""
+    particles = labelled.particles
+    stats = [(path, path.stat()) for path in particles.stacks if path.exists()]
+    rows = " ".join(particles.image_name(row) for row in range(len(particles)))
+    parts = [part.tolist() for part in split.parts.values()]
     return {
-        "fingerprint": labelled.fingerprint,
-        "split": options.split,
+        "labels": labelled.fingerprint,
+        "rows": short_hash(f"{rows} {parts}"),
+        "stacks": short_hash(" ".join(f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats)),
+        "images": loaded.images.precision,
         "network": json.dumps([network.name, network.kwargs, preprocess.to_dict()]),
-        "init": start,
+        "init": load_model(options.init).hash if options.init else "",
     }
 
 
@@ -209,7 +237,6 @@ def _write_history(folder: Path, history: Sequence[Epoch]) -> None:
         row = {name: f"{value:.6g}" for name, value in asdict(epoch).items()}
         writer.writerow(row)
     write_text(folder / HISTORY, text.getvalue())
-    save_history(folder / "history.png", [asdict(epoch) for epoch in history])
 
 
 def _calibrated(
@@ -227,8 +254,8 @@ def _calibrated(
     temperature = fit_temperature(logits, labels)
     scores = np.round(1 / (1 + np.exp(-logits / temperature)), 6)
     threshold = choose_threshold(options.threshold, scores, labels)
-    curve = OperatingCurve.from_scores(labels, scores, split.groups[rows])
-    evaluation = evaluate(labels, scores, split.groups[rows], threshold, seed=options.seed)
+    curve = OperatingCurve.from_scores(labels, scores, split.clusters[rows])
+    evaluation = evaluate(labels, scores, split.clusters[rows], threshold, seed=options.seed)
     log.info(
         "Best epoch %d. Temperature %.2f. Threshold %g for %s; on the validation part recall %s, "
         "precision %s, %d of %d accepted.",
@@ -236,7 +263,9 @@ def _calibrated(
         evaluation.precision, (scores >= threshold).sum(), len(scores),
     )  # fmt: skip
     provenance = {
-        "fingerprint": labelled.fingerprint,
+        "seen": seen_units(
+            labelled.particles.take(np.concatenate([split.train, split.validation]))
+        ),
         "source": labelled.particles.source,
         "labels": list(labelled.notes),
         "n_good": int(labelled.labels.sum()),
@@ -283,7 +312,7 @@ def _measure(
     small = loaded.images.get(split.test)
     scores = np.round(model.probabilities(small).numpy().astype(np.float64), 6)
     evaluation = evaluate(
-        test.labels, scores, split.groups[split.test], model.threshold, seed=options.seed
+        test.labels, scores, split.clusters[split.test], model.threshold, seed=options.seed
     )
     tests = run_self_tests(model, loaded, labelled, split, options.seed)
     about = {

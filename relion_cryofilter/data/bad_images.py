@@ -57,12 +57,15 @@ class BadImages:
             lines.append(f"  … and {len(self) - _NAMED:,} more")
         return "\n".join(lines)
 
-    def refuse(self) -> None:
+    def refuse(
+        self,
+        way_out: str = "--skip_bad scores such images 0 and lists them in bad_images.csv",
+    ) -> None:
         """Raise an ImageError that names the images, if there are any."""
         if self._reasons:
             raise ImageError(
                 f"{self.summary()}\nCheck that the stacks belong to this input, or extract them "
-                "again; --skip_bad scores such images 0 and lists them in bad_images.csv."
+                f"again; {way_out}."
             )
 
     def refuse_if_all(self) -> None:

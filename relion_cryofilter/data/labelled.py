@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.errors import CryoFilterError
 
-UNITS = ("micrograph", "stack", "particle")
 ATTEMPTS = 200
+FEWEST_STACKS = 10
+"""So many stacks without micrograph names are taken for one stack a micrograph."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class LabelledSet:
         """Short hex SHA-256 of the image names and labels, whatever their order."""
         names = [self.particles.image_name(row) for row in range(len(self))]
         lines = sorted(f"{name} {label}" for name, label in zip(names, self.labels.tolist()))
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
+        return short_hash("\n".join(lines))
 
 
 @dataclass(frozen=True)
@@ -58,15 +60,23 @@ class Split:
         Row numbers, ascending.
     unit
         What is never on two sides: ``micrograph``, ``stack`` or ``particle``.
-    groups
-        (n,) the unit of each row, as numbers; the clusters of the bootstrap.
+    clusters
+        (n,) for each row, what it has neighbours in (see `clusters_of`), as numbers.
+    cluster_unit
+        What the clusters are.
     """
 
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
     unit: str
-    groups: np.ndarray
+    clusters: np.ndarray
+    cluster_unit: str
+
+    def without(self, bad: np.ndarray) -> Split:
+        """Return this split without the rows in `bad`."""
+        kept = [np.setdiff1d(part, bad) for part in self.parts.values()]
+        return replace(self, train=kept[0], validation=kept[1], test=kept[2])
 
     @property
     def parts(self) -> dict[str, np.ndarray]:
@@ -89,7 +99,7 @@ def split_by_micrograph(
     train_fraction
         Share of the training part; the rest is halved between validation and test.
     seed
-        The same seed gives the same split.
+        The same seed and the same particles, in whatever order, give the same split.
 
     Raises
     ------
@@ -102,28 +112,53 @@ def split_by_micrograph(
                 f"Only {count} {kind} particle(s); training, validation and test need at least "
                 "one each. Label more."
             )
-    for unit in UNITS[:2]:
-        groups = _units(particles, unit)
+    clusters, cluster_unit = clusters_of(particles)
+    units = {"stack": by_name(particles.stack_of, particles.stack_names)}
+    if particles.has_micrographs:
+        by_micrograph = by_name(particles.micrograph_of, particles.micrographs)
+        units = {"micrograph": by_micrograph, **units}
+    for unit, groups in units.items():
         parts = _share_out_groups(groups, labels, train_fraction, seed)
-        if parts is not None and (unit == "stack" or particles.has_micrographs):
-            return Split(*parts, unit, groups)
-    return Split(
-        *_share_out_particles(labels, train_fraction, seed), "particle", clusters_of(particles)
-    )
+        if parts is not None:
+            return Split(*parts, unit, clusters, cluster_unit)
+    order = np.lexsort((particles.index, units["stack"]))
+    parts = _share_out_particles(order, labels, train_fraction, seed)
+    return Split(*parts, "particle", clusters, cluster_unit)
 
 
-def clusters_of(particles: ParticleSet) -> np.ndarray:
-    """Return (n,) the micrograph of each particle, or its own number where none is known.
+def clusters_of(particles: ParticleSet) -> tuple[np.ndarray, str]:
+    """Return (n,) what each particle has neighbours in, as numbers, and what these are.
 
-    Particles of one micrograph are alike, so intervals resample whole micrographs.
+    Particles of one micrograph are alike, so intervals resample whole micrographs. Without
+    micrograph names, stacks stand in where there are many; else each particle is by itself.
     """
-    return _units(particles, "micrograph" if particles.has_micrographs else "particle")
+    if particles.has_micrographs:
+        return by_name(particles.micrograph_of, particles.micrographs), "micrograph"
+    if len(particles.stacks) >= FEWEST_STACKS:
+        return by_name(particles.stack_of, particles.stack_names), "stack"
+    return np.arange(len(particles)), "particle"
 
 
-def _units(particles: ParticleSet, unit: str) -> np.ndarray:
+def by_name(group_of: np.ndarray, names: Sequence[str]) -> np.ndarray:
+    """Return (n,) each row's group as its rank among the sorted names, whatever the row order."""
+    rank = np.empty(len(names), np.int64)
+    rank[sorted(range(len(names)), key=lambda number: names[number])] = np.arange(len(names))
+    return np.asarray(rank[group_of])
+
+
+def seen_units(particles: ParticleSet) -> list[str]:
+    """Return short hashes of the micrographs (or what stands in) that particles are of.
+
+    A model carries those that it has seen, so that it can't be measured on them unawares.
+    """
+    unit = clusters_of(particles)[1]
     if unit == "particle":
-        return np.arange(len(particles))
-    return particles.micrograph_of if unit == "micrograph" else particles.stack_of
+        names = {particles.image_name(row) for row in range(len(particles))}
+    else:
+        of_row = particles.micrograph_of if unit == "micrograph" else particles.stack_of
+        all_names = particles.micrographs if unit == "micrograph" else particles.stack_names
+        names = {all_names[number] for number in np.unique(of_row).tolist()}
+    return sorted(short_hash(name) for name in names)
 
 
 def _share_out_groups(
@@ -154,16 +189,21 @@ def _share_out_groups(
 
 
 def _share_out_particles(
-    labels: np.ndarray, train_fraction: float, seed: int
+    order: np.ndarray, labels: np.ndarray, train_fraction: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Share out single particles, each kind by itself."""
+    """Share out single particles, each kind by itself; `order` is that of their names."""
     rng = np.random.default_rng(seed)
     parts: tuple[list[np.ndarray], ...] = ([], [], [])
-    for kind in (labels, ~labels):
-        rows = rng.permutation(np.flatnonzero(kind))
+    for kind in (labels[order], ~labels[order]):
+        rows = rng.permutation(order[kind])
         n_train = min(len(rows) - 2, max(1, round(train_fraction * len(rows))))
         middle = n_train + (len(rows) - n_train) // 2
         for part, share in zip(parts, np.split(rows, [n_train, middle])):
             part.append(share)
     train, validation, test = (np.sort(np.concatenate(part)) for part in parts)
     return train, validation, test
+
+
+def short_hash(text: str) -> str:
+    """Return the first 12 hex digits of the text's SHA-256."""
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:12]

@@ -235,7 +235,7 @@ def concatenate(sets: Sequence[ParticleSet]) -> ParticleSet:
         micrograph_of=micrograph_of,
         optics=tuple(group for item in sets for group in item.optics),
         optics_of=optics_of,
-        has_micrographs=all(item.has_micrographs for item in sets),
+        has_micrographs=any(item.has_micrographs for item in sets),
     )
 
 

@@ -24,6 +24,7 @@ class SmallImages(Protocol):
     """Gives network input by row number."""
 
     where: str
+    precision: str
 
     def get(self, rows: np.ndarray) -> torch.Tensor:
         """Return (len(rows), c, dim, dim) float32, in the order of `rows`."""
@@ -136,7 +137,8 @@ class _InMemory:
     def __init__(self, images: torch.Tensor) -> None:
         self._images = images
         megabytes = images.numel() * images.element_size() / 1e6
-        self.where = f"{megabytes:,.0f} MB in memory as {str(images.dtype).removeprefix('torch.')}"
+        self.precision = str(images.dtype).removeprefix("torch.")
+        self.where = f"{megabytes:,.0f} MB in memory as {self.precision}"
 
     def get(self, rows: np.ndarray) -> torch.Tensor:
         return self._images[torch.from_numpy(rows)].float()
@@ -152,6 +154,7 @@ class _Streamed:
     ) -> None:
         self._particles, self._preprocess = particles, preprocess
         self._headers, self._threads = headers, threads
+        self.precision = "float32"
         self.where = "not kept in memory (over --max_memory); read again when needed"
 
     def get(self, rows: np.ndarray) -> torch.Tensor:

@@ -10,7 +10,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,11 @@ class Trainer:
         self.history: list[Epoch] = []
         self.best_state: State = copy.deepcopy(network.state_dict())
 
-    def run(self, progress: Progress) -> list[Epoch]:
+    def run(
+        self,
+        progress: Progress,
+        after_epoch: Callable[[list[Epoch]], None] = lambda history: None,
+    ) -> list[Epoch]:
         """Train to the end and put the best epoch's weights into the network.
 
         The two kinds of particles weigh the same in training, whatever their numbers; the
@@ -137,9 +141,11 @@ class Trainer:
         """
         self._resume()
         progress.step(len(self.history) * len(self.split.train))
+        after_epoch(self.history)
         while not self._finished():
             self._epoch(len(self.history) + 1, progress)
             self._save()
+            after_epoch(self.history)
             log.info(_line(self.history[-1], self.best))
         self.network.load_state_dict(self.best_state)
         with torch.no_grad():
@@ -219,17 +225,19 @@ class Trainer:
             return
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            same = state["identity"] == self.identity
+            if state["identity"] != self.identity:
+                log.info("%s is of another training; starting anew.", self.checkpoint)
+                return
+            history = [Epoch(**epoch) for epoch in state["history"]]
+            self.network.load_state_dict(state["network"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.best_state, self.history = state["best"], history
         except Exception as error:  # torch raises many kinds for a damaged file
-            log.warning("%s can't be read (%s); starting anew.", self.checkpoint, error)
+            self.network.load_state_dict(self.best_state)
+            log.warning(
+                "%s can't be read (%s); starting anew.", self.checkpoint, type(error).__name__
+            )
             return
-        if not same:
-            log.info("%s is of another training; starting anew.", self.checkpoint)
-            return
-        self.network.load_state_dict(state["network"])
-        self.best_state = state["best"]
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.history = [Epoch(**epoch) for epoch in state["history"]]
         log.info("Going on from %s after epoch %d.", self.checkpoint, len(self.history))
 
 

@@ -125,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 success, 1 failure, 2 usage error, 3 aborted, 143 terminated.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    # Threads that spin while they wait take the cores from others, on a busy node twentyfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder = output_folder(words)
     try:
         if folder is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -128,19 +129,8 @@ def labels_of_files(positive: Sequence[Path], negative: Sequence[Path]) -> Label
     n_positive = sum(map(len, sides[0]))
     particles = concatenate([*sides[0], *sides[1]])
     labels = np.arange(len(particles)) < n_positive
-    key = np.stack([particles.stack_of.astype(np.int64), particles.index])
-    _, first, image_of = np.unique(key, axis=1, return_index=True, return_inverse=True)
-    image_of = image_of.reshape(-1)
-    on_side = [np.bincount(image_of[kind], minlength=len(first)) > 0 for kind in (labels, ~labels)]
-    both = on_side[0] & on_side[1]
-    rows = np.sort(first[~both])
-    notes = [f"Labels from files: {len(positive)} positive, {len(negative)} negative."]
-    if both.any():
-        notes.append(f"{both.sum():,} particles are named as positive and as negative; left out.")
-    twice = len(particles) - len(first) - int(both.sum())
-    if twice > 0:
-        notes.append(f"{twice:,} particles are named more than once on a side; counted once.")
-    return _checked(particles.take(rows), labels[rows], notes)
+    note = f"Labels from files: {len(positive)} positive, {len(negative)} negative."
+    return _checked(particles, labels, [note])
 
 
 def _read(path: Path) -> ParticleSet:
@@ -148,17 +138,34 @@ def _read(path: Path) -> ParticleSet:
 
 
 def _checked(particles: ParticleSet, labels: np.ndarray, notes: Sequence[str]) -> LabelledSet:
+    """Return each particle once, those named as both kinds left out; refuse one kind only."""
+    key = np.stack([particles.stack_of.astype(np.int64), particles.index])
+    _, first, image_of = np.unique(key, axis=1, return_index=True, return_inverse=True)
+    image_of = image_of.reshape(-1)
+    good, bad = (np.bincount(image_of[kind], minlength=len(first)) for kind in (labels, ~labels))
+    both = (good > 0) & (bad > 0)
+    twice = int((np.maximum(good + bad, 1) - 1)[~both].sum())
+    rows = np.sort(first[~both])
+    if both.any():
+        notes = [*notes, f"{both.sum():,} particles are named as good and as bad; left out."]
+    if twice:
+        notes = [*notes, f"{twice:,} rows name a particle again; each is counted once."]
+    labels = labels[rows]
     for kind, count in (("positive", labels.sum()), ("negative", (~labels).sum())):
         if count == 0:
             raise CryoFilterError(
                 f"No {kind} particles are left. {' '.join(notes)} Both kinds are needed: choose "
                 "the classes or files so that some particles are good and some are bad."
             )
-    return LabelledSet(particles, labels, tuple(notes))
+    return LabelledSet(particles.take(rows), labels, tuple(notes))
 
 
 def _classified_particles(folder: Path, particles_star: Path) -> Path:
     """Return the _data.star of the classification that a Select job worked on."""
+    if not particles_star.is_file():
+        raise UsageError(f"--in_parts {particles_star} does not exist (in {Path.cwd()}).")
+    if particles_star.suffix in STACK_SUFFIXES:
+        raise UsageError(f"{particles_star} is an image stack; give stacks as --pos and --neg.")
     try:
         job_star = read_star(folder / "job.star")
     except StarError as error:
@@ -173,8 +180,10 @@ def _classified_particles(folder: Path, particles_star: Path) -> Path:
     if model.endswith("_model.star"):
         data_star = root / model.replace("_model.star", "_data.star")
     elif model.endswith("_optimiser.star"):
-        pairs = read_star(root / model).pairs
-        data_star = root / pairs.get("rlnExperimentalDataStarFile", "").strip("\"'")
+        named = read_star(root / model).pairs.get("rlnExperimentalDataStarFile", "")
+        if not named:
+            raise CryoFilterError(f"{root / model}: has no _rlnExperimentalDataStarFile.")
+        data_star = root / named.strip("\"'")
     else:
         raise CryoFilterError(
             f"{folder}/job.star: fn_model is {model!r}, so this Select job did not choose classes. "
@@ -201,9 +210,28 @@ def _kept_classes(folder: Path) -> set[int]:
     if loop is None or not loop.n_rows:
         raise CryoFilterError(f"{path}: lists no classes. Select some in the Select job.")
     if CLASS_NUMBER in loop.labels:
-        return {int(number) for (number,) in columns(star, loop, [CLASS_NUMBER])}
-    names = columns(star, loop, ["rlnReferenceImage"])
-    return {parse_image_name(name)[0] + 1 for (name,) in names}
+        return {_class_number(path, number) for (number,) in columns(star, loop, [CLASS_NUMBER])}
+    return {_class_of(path, name) for (name,) in columns(star, loop, ["rlnReferenceImage"])}
+
+
+def _class_of(path: Path, reference: str) -> int:
+    """Return the class of ``000003@…classes.mrcs`` (2D) or ``…class003.mrc`` (3D)."""
+    volume = re.search(r"class(\d+)\.mrc", reference)
+    if volume:
+        return int(volume[1])
+    if "@" not in reference:
+        raise CryoFilterError(f"{path}: can't tell the class of {reference!r}.")
+    return parse_image_name(reference)[0] + 1
+
+
+def _class_number(path: Path | str, text: str) -> int:
+    try:
+        number = float(text)
+        if number != int(number):
+            raise ValueError(text)
+    except (ValueError, OverflowError):
+        raise CryoFilterError(f"{path}: {CLASS_NUMBER} is {text!r}; expected a number.") from None
+    return int(number)
 
 
 def _class_numbers(particles: ParticleSet) -> np.ndarray:
@@ -215,7 +243,7 @@ def _class_numbers(particles: ParticleSet) -> np.ndarray:
             "or Class3D job, or the particles.star of a Select job on classes."
         )
     values = columns(particles.star, particles.loop, [CLASS_NUMBER])
-    return np.array([int(float(number)) for (number,) in values])
+    return np.array([_class_number(particles.source, number) for (number,) in values])
 
 
 def _compare_with_selection(
@@ -227,6 +255,11 @@ def _compare_with_selection(
     kept = {particles.image_name(row) for row in np.flatnonzero(labels).tolist()}
     if names == kept:
         return []
+    if not names & kept:
+        raise CryoFilterError(
+            f"{particles_star} has none of the {len(kept):,} particles of the kept classes, so the "
+            "Select job and the classification don't belong together. Select again."
+        )
     return [
         f"{particles_star} has {len(names):,} particles, the kept classes {len(kept):,} ("
         f"{len(kept - names):,} missing there, {len(names - kept):,} only there). Classes count."

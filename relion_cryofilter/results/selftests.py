@@ -24,6 +24,7 @@ SAME_SPREAD = 0.1
 
 ORIGIN_SHARE = 0.95
 NOISE_SHARE = 0.01
+FEWEST = 10
 PROBE_ROWS = 4000
 
 
@@ -54,16 +55,16 @@ def leak_tests(
 ) -> list[SelfTest]:
     """Ask whether something that has nothing to do with particles gives the labels away.
 
-    Particles themselves raise the mean and the sigma of an image whose background is normalised
-    (and lower the sigma of its background where whole images are normalised). So mean and sigma
-    are a leak if image and background differ in the same direction, or if one class has all the
-    same value.
+    Particles themselves raise the mean and the sigma of an image whose background is normalised,
+    and lower those of the background where whole images are normalised. So a difference counts
+    unless the partner (the background's for the image, the image's for the background) is the
+    same for all images, which is what normalising leaves.
 
     Parameters
     ----------
     statistics
         (n,) numbers of the raw images: ``image mean``, ``background mean``, ``image sigma``,
-        ``background sigma`` and ``box size``.
+        ``background sigma``, ``box size`` and ``pixel size``.
     labels
         (n,) bool.
     origin
@@ -71,20 +72,29 @@ def leak_tests(
     """
     grain = ROUNDING * float(np.median(statistics["image sigma"]))
     rounded = {name: np.round(values / grain) for name, values in statistics.items()}
-    sides = {name: _separation(values, labels) for name, values in rounded.items()}
     tests = []
-    for name, partner in (
+    for image, background in (
         ("image mean", "background mean"),
         ("image sigma", "background sigma"),
-        ("background sigma", "image sigma"),
     ):
-        together = sides[name] * sides[partner] > 0
-        one_sided = _one_sided(rounded[name], labels)
-        tests.append(
-            _leak(name, rounded[name], labels, (sides[name] != 0 and together) or one_sided)
-        )
-    tests.append(_leak("box size", statistics["box size"], labels, sides["box size"] != 0))
+        sides = [_separation(rounded[name], labels) for name in (image, background)]
+        together = sides[0] * sides[1] > 0
+        for name, side, partner in ((image, sides[0], background), (background, sides[1], image)):
+            natural = name == image or _same_for_all(rounded[partner])
+            leaks = side != 0 and (together or not natural)
+            tests.append(
+                _leak(name, rounded[name], labels, leaks or _one_sided(rounded[name], labels))
+            )
+    for name in ("box size", "pixel size"):
+        values = np.nan_to_num(statistics[name])
+        tests.append(_leak(name, values, labels, _separation(values, labels) != 0))
     return [*tests, _origin_test(labels, origin)]
+
+
+def _same_for_all(values: np.ndarray) -> bool:
+    """Tell whether rounded values are equal but for rounding."""
+    low, high = np.percentile(values, (2, 98))
+    return bool(high - low <= 2)
 
 
 def _separation(values: np.ndarray, labels: np.ndarray) -> int:
@@ -140,24 +150,47 @@ def _origin_test(labels: np.ndarray, origin: np.ndarray) -> SelfTest:
     return SelfTest("file of origin", pure < ORIGIN_SHARE, finding)
 
 
+def copies_test(identity: np.ndarray, train: np.ndarray, others: np.ndarray) -> SelfTest:
+    """Ask whether images of the training part are in the other parts under other names.
+
+    Parameters
+    ----------
+    identity
+        (n,) the same number for images that are equal.
+    train, others
+        Rows of the training part and of the two other parts.
+    """
+    copies = int(np.isin(identity[others], identity[train]).sum())
+    finding = f"{copies:,} images outside the training part are copies of images in it"
+    if copies:
+        finding += "; figures are too good. Remove the copies"
+    return SelfTest("copies", copies == 0, f"{finding}.")
+
+
 def permutation_test(
-    small: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int
+    small: np.ndarray,
+    labels: np.ndarray,
+    identity: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    seed: int,
 ) -> SelfTest:
     """Ask whether labels that mean nothing can be predicted; if so, the split leaks.
 
-    A linear probe is trained on permuted labels. It can do better than chance on the other part
-    only if that part holds the same images.
+    A linear probe is trained on permuted labels (equal images get equal ones). It can do better
+    than chance on the other part only if that part holds the same images.
 
     Parameters
     ----------
     small
         (n, k) flattened small images.
-    labels, train, test
-        (n,) bool, and the rows of the two parts.
+    labels, identity, train, test
+        (n,) bool, (n,) numbers of equal images, and the rows of the two parts.
     """
     rng = np.random.default_rng(seed)
     train, test = (rng.permutation(part)[:PROBE_ROWS] for part in (train, test))
-    shuffled = rng.permutation(labels)
+    _, first, image_of = np.unique(identity, return_index=True, return_inverse=True)
+    shuffled = rng.permutation(labels[first])[image_of.reshape(-1)]
     if len(set(shuffled[train])) < 2 or len(set(shuffled[test])) < 2:
         return SelfTest("permuted labels", True, "too few particles to tell")
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=50))
@@ -187,11 +220,36 @@ def noise_test(noise_scores: np.ndarray, threshold: float) -> SelfTest:
     return SelfTest("pure noise", share <= NOISE_SHARE, finding)
 
 
-def split_test(parts: Mapping[str, np.ndarray], groups: np.ndarray, unit: str) -> SelfTest:
-    """Ask whether a micrograph (or whatever was shared out) is on two sides of the split."""
-    sides = [set(groups[rows].tolist()) for rows in parts.values()]
+def split_test(parts: Mapping[str, np.ndarray], clusters: np.ndarray, unit: str) -> SelfTest:
+    """Ask whether a micrograph (or what stands in for it) is on two sides of the split.
+
+    Parameters
+    ----------
+    parts
+        The rows of each part by name.
+    clusters, unit
+        (n,) the micrograph of each row as a number; what the numbers stand for.
+    """
+    sides = [set(clusters[rows].tolist()) for rows in parts.values()]
     shared = len(set.union(*(a & b for i, a in enumerate(sides) for b in sides[:i])))
     finding = f"{shared} {unit}(s) on two sides of the split"
     if shared:
-        finding += "; neighbours know each other, so figures are too good"
+        finding += "; neighbours are alike, so figures are too good"
     return SelfTest("split", shared == 0, finding)
+
+
+def evidence_test(parts: Mapping[str, np.ndarray], labels: np.ndarray) -> SelfTest:
+    """Ask whether each part holds enough particles of each kind to say anything."""
+    counts = {
+        f"{name} holds {int(kind[rows].sum())} {word} particle(s)": int(kind[rows].sum())
+        for name, rows in parts.items()
+        for word, kind in (("good", labels), ("bad", ~labels))
+    }
+    fewest = min(counts, key=lambda text: counts[text])
+    if counts[fewest] >= FEWEST:
+        return SelfTest("evidence", True, f"at least {counts[fewest]} of each kind in each part")
+    return SelfTest(
+        "evidence",
+        False,
+        f"the {fewest}: too few to choose a threshold by or to believe the figures. Label more.",
+    )
