@@ -196,6 +196,7 @@ def permutation_test(
     probe = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=50))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)  # scikit-learn 1.3 with a newer SciPy
         probe.fit(small[train], shuffled[train])
     auc = float(roc_auc_score(shuffled[test], probe.decision_function(small[test])))
     # Standard error of the AUC of unrelated scores: Hanley & McNeil, Radiology 143, 29 (1982).
