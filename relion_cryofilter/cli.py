@@ -157,7 +157,9 @@ def _parser_of(mode: str) -> _Parser:
 
 
 def _default_text(default: Any) -> str:
-    return f" Default: {default}." if default not in (None, False, ()) else ""
+    if default in (None, False, ()):
+        return ""
+    return f" Default: {'Yes' if default is True else default}."
 
 
 def _refuse_unknown(mode: str, unknown: list[str]) -> None:

@@ -48,7 +48,9 @@ class JobOptions(Options):
     """What RELION gives to every External job."""
 
     o: Path | None = option("Folder for the results, e.g. External/job012/.", "path")
-    in_parts: Path | None = option("Particles: a RELION particles.star.", "path")
+    in_parts: Path | None = option(
+        "Particles: a RELION particles.star (to train and measure: of a Select job).", "path"
+    )
     j: int | None = option("Threads; all cores of this process if not given.", "integer", low=1)
 
     @property
@@ -150,7 +152,7 @@ class TrainOptions(JobOptions, LabelOptions):
         "GB for the small images; a larger set is read again each epoch.", "number", 8.0, low=0
     )
     skip_bad: bool = option("Leave out missing, blank and NaN images.", "flag", False)
-    gpu: str | None = option("Accepted for RELION; training uses the processor.", "gpu")
+    gpu: str | None = option("GPU to train on (the first named); absent for none.", "gpu")
     out_dir: Path | None = option("The 2020 name of --o.", "path")
     weight_dir: Path | None = option("Folder for the model, if not --o.", "path")
     history_dir: Path | None = option("Folder for history.csv, if not --o.", "path")

@@ -33,6 +33,7 @@ from relion_cryofilter.data.stacks import read_header
 from relion_cryofilter.errors import CryoFilterError, UsageError
 from relion_cryofilter.files import write_text
 from relion_cryofilter.nn.checkpoint import Model, load_model
+from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.network import Network
 from relion_cryofilter.nn.networks import build_network
 from relion_cryofilter.nn.preprocess import BlurResize, Preprocess, preprocess_from_dict
@@ -44,6 +45,7 @@ from relion_cryofilter.nn.training import (
     fit_temperature,
     predict,
 )
+from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.options import TrainOptions
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion.labels import read_labels
@@ -94,6 +96,7 @@ def train(
     trainer = Trainer(
         network, loaded.images, labelled.labels, split, _settings(options),
         folder / CHECKPOINT, _identity(options, labelled, network, preprocess, split, loaded),
+        choose_devices(gpu_numbers(options.gpu))[0],
     )  # fmt: skip
     steps = options.epochs * len(split.train)
     history_folder = options.history_dir or folder
@@ -196,8 +199,6 @@ def _announce(
         network.name, network.dim, f"{weights:,}",
         f", from {options.init}" if options.init else "", options.threads,
     )  # fmt: skip
-    if options.gpu:
-        log.info("--gpu %s: training uses the processor.", options.gpu)
 
 
 def _settings(options: TrainOptions) -> Settings:

@@ -23,6 +23,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from relion_cryofilter.data.labelled import Split
 from relion_cryofilter.files import replacing
+from relion_cryofilter.nn.devices import CPU
 from relion_cryofilter.nn.network import Network
 from relion_cryofilter.nn.preprocess import d4_views
 from relion_cryofilter.nn.small_images import SmallImages
@@ -94,6 +95,8 @@ class Trainer:
         File to go on from after a stop, written after every epoch.
     identity
         Says what is trained on what; a checkpoint of another identity is not used.
+    device
+        Where to train.
     """
 
     def __init__(
@@ -105,10 +108,12 @@ class Trainer:
         settings: Settings,
         checkpoint: Path,
         identity: Mapping[str, Any],
+        device: torch.device = CPU,
     ) -> None:
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.images, self.split, self.settings = images, split, settings
-        self.targets = torch.from_numpy(labels.astype(np.float32))
+        self.device = device
+        self.targets = torch.from_numpy(labels.astype(np.float32)).to(device)
         share = labels[split.train].mean()
         self.weights = torch.where(self.targets > 0, 0.5 / share, 0.5 / (1 - share)).float()
         self.prior_logit = math.log(share / (1 - share))
@@ -148,6 +153,7 @@ class Trainer:
             after_epoch(self.history)
             log.info(_line(self.history[-1], self.best))
         self.network.load_state_dict(self.best_state)
+        self.network.to(CPU)
         with torch.no_grad():
             self.network.head.bias += self.prior_logit
         return self.history
@@ -193,6 +199,7 @@ class Trainer:
             self.best_state = copy.deepcopy(self.network.state_dict())
 
     def _step(self, batch: Tensor, rows: Tensor) -> tuple[float, int]:
+        rows, batch = rows.to(self.device), batch.to(self.device)
         targets = self.targets[rows]
         logits = self.network(batch.contiguous(memory_format=torch.channels_last))
         loss = binary_cross_entropy_with_logits(logits, targets, self.weights[rows])
@@ -202,9 +209,9 @@ class Trainer:
         return loss.item(), int(((logits > 0) == (targets > 0)).sum())
 
     def _validate(self, logits: Tensor) -> tuple[float, float, float]:
-        rows = torch.from_numpy(self.split.validation)
-        targets = self.targets[rows]
-        loss = binary_cross_entropy_with_logits(logits, targets, self.weights[rows])
+        rows = torch.from_numpy(self.split.validation).to(self.device)
+        targets, weights = self.targets[rows].cpu(), self.weights[rows].cpu()
+        loss = binary_cross_entropy_with_logits(logits, targets, weights)
         right = ((logits > 0) == (targets > 0)).float().mean()
         auc = roc_auc_score(targets.numpy(), logits.numpy())
         return float(loss), float(right), float(auc)
@@ -251,13 +258,14 @@ def turn(images: Tensor, views: Tensor) -> Tensor:
 
 
 def predict(network: Network, images: SmallImages, rows: np.ndarray) -> Tensor:
-    """Return the logits (len(rows),) of small images."""
+    """Return the logits (len(rows),) of small images, on the processor."""
     logits = []
     with torch.no_grad():
         for chunk in range(0, len(rows), CHUNK):
             small = images.get(rows[chunk : chunk + CHUNK])
             for batch in torch.split(small, 64):
-                logits.append(network(batch.contiguous(memory_format=torch.channels_last)))
+                batch = batch.to(network.device).contiguous(memory_format=torch.channels_last)
+                logits.append(network(batch).cpu())
     return torch.cat(logits)
 
 
