@@ -160,14 +160,17 @@ def raising(error):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (ImportError("numpy: wrong version", name="numpy"), "PYTHONPATH=/relion/lib may bring in"),
+        (
+            ImportError("numpy: wrong version", name="numpy"),
+            "PYTHONPATH=/opt/relion/lib may bring in",
+        ),
         (OSError("libcudart.so.12: cannot open shared object"), "-E external_job.py"),
         (OSError(28, "No space left on device"), "Check the disk, the memory"),
         (KeyboardInterrupt(), "Ended by the keyboard"),
     ],
 )
 def test_a_broken_environment_is_told_from_a_bug(project, monkeypatch, capsys, error, message):
-    monkeypatch.setenv("PYTHONPATH", "/relion/lib")
+    monkeypatch.setenv("PYTHONPATH", "/opt/relion/lib")
     monkeypatch.setattr("relion_cryofilter.commands.run", raising(error))
     assert job.main(score_words().split()) != 0
     text = capsys.readouterr().err

@@ -28,7 +28,7 @@ from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.scoring import score_particles
 from relion_cryofilter.option_kinds import gpu_numbers
-from relion_cryofilter.options import MetricsOptions
+from relion_cryofilter.options import MetricsOptions, TrainOptions
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion.labels import read_labels
 from relion_cryofilter.results.metrics import evaluate
@@ -49,11 +49,7 @@ def metrics(
         `abort_requested` said True.
     """
     folder = results_folder(options.o, options.out_dir)
-    labelled = read_labels(
-        options.in_parts, options.pos, options.neg, options.pos_classes, options.neg_classes
-    )
-    for note in labelled.notes:
-        log.info("%s", note)
+    labelled = labelled_set(options)
     models = read_models(options)
     check_pixel_size(models, labelled.particles)
     check_request(options.threshold, models)
@@ -115,6 +111,16 @@ def _warn_of_seen(models: Sequence[Model], labelled: LabelledSet) -> None:
                 "--seed as there.",
                 model.hash, shared, len(units), clusters_of(labelled.particles)[1],
             )  # fmt: skip
+
+
+def labelled_set(options: MetricsOptions | TrainOptions) -> LabelledSet:
+    """Read the labelled particles that the options name, and log where the labels are from."""
+    labelled = read_labels(
+        options.in_parts, options.pos, options.neg, options.pos_classes, options.neg_classes
+    )
+    for note in labelled.notes:
+        log.info("%s", note)
+    return labelled
 
 
 def results_folder(o: Path | None, out_dir: Path | None) -> Path:

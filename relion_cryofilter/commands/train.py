@@ -18,7 +18,7 @@ import torch
 import relion_cryofilter
 from relion_cryofilter.commands import Output
 from relion_cryofilter.commands.evaluation import write_evaluation
-from relion_cryofilter.commands.metrics import results_folder
+from relion_cryofilter.commands.metrics import labelled_set, results_folder
 from relion_cryofilter.commands.models import CURVE, check_pixel_size
 from relion_cryofilter.commands.selftests import log_self_tests, run_self_tests
 from relion_cryofilter.commands.subsets import refuse_to_overwrite
@@ -48,7 +48,6 @@ from relion_cryofilter.nn.training import (
 from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.options import TrainOptions
 from relion_cryofilter.progress import Progress
-from relion_cryofilter.relion.labels import read_labels
 from relion_cryofilter.results.figures import save_history
 from relion_cryofilter.results.metrics import evaluate
 from relion_cryofilter.results.operating_curve import OperatingCurve
@@ -82,11 +81,7 @@ def train(
         )
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    labelled = read_labels(
-        options.in_parts, options.pos, options.neg, options.pos_classes, options.neg_classes
-    )
-    for note in labelled.notes:
-        log.info("%s", note)
+    labelled = labelled_set(options)
     network, preprocess = _network(options, labelled)
     split = split_by_micrograph(labelled.particles, labelled.labels, options.split, options.seed)
     loaded = _load(labelled, preprocess, options, abort_requested)

@@ -68,7 +68,7 @@ def save_reliability(path: Path, curves: Curves, evaluation: Evaluation) -> None
         label="a bin; area: number of images",
     )  # fmt: skip
     axes.set(xlabel="Mean score", ylabel="Fraction of good images", title="Reliability")
-    axes.legend(loc="upper left", fontsize="small")
+    axes.legend(loc="lower right", fontsize="small")
     _finish_square(axes)
     _save(figure, path)
 
