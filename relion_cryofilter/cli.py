@@ -19,6 +19,12 @@ from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, Options
 PROGRAM = "relion_cryofilter"
 ABOUT = "Score cryo-EM particle images and sort good particles from junk."
 _OPTION = re.compile(r"-{2,}[A-Za-z]")
+JOB_USAGE = f"""usage: {PROGRAM} job --mode MODE [options of that mode] [--o job.star]
+
+Write job.star and .gui_externaljob.star into this folder, a RELION project: they fill in RELION's
+External tab (close the tab and open it again), and relion_pipeliner --addJobFromStar takes them.
+With --o, write that one file only. MODE is one of {", ".join(JOB_MODES)};
+`{PROGRAM} MODE --help` lists its options."""
 _LAST = [item.name for item in fields(Options)]
 _METAVARS = {
     "flag": "[Yes|No]",
@@ -211,6 +217,9 @@ def run(words: Sequence[str], abort_requested: Callable[[], bool]) -> tuple[Any,
         from relion_cryofilter import __version__
 
         print(f"{PROGRAM} {__version__}")
+        return ()
+    if list(words) in (["job", "--help"], ["job", "-h"]):
+        print(JOB_USAGE)
         return ()
     request = parse(words)
     _start_log(request.options)

@@ -379,6 +379,22 @@ def test_nodes_carry_the_label_of_the_relion_that_asks(tmp_path, job_star_text, 
     assert not (tmp_path / "RELION_OUTPUT_NODES.star").exists()
 
 
+def test_the_bundled_model_scores_with_its_own_threshold_and_a_warning(project):
+    done = run(f"--o {JOB} --in_parts Extract/job001/particles.star --j 1")
+    assert done.returncode == 0, done.stderr
+    assert "WARNING: The bundled model knows simulated particles only." in done.stdout
+
+
+def test_job_says_where_it_should_be_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert job.main(["job", "--mode", "score", "--in_parts", "nowhere.star"]) == 0
+    text = capsys.readouterr().out
+    assert "WARNING: No default_pipeline.star here" in text
+    assert "WARNING: --in_parts nowhere.star does not exist here" in text
+    assert job.main(["job", "--help"]) == 0
+    assert "usage: relion_cryofilter job --mode MODE" in capsys.readouterr().out
+
+
 def test_job_writes_templates_with_ten_parameters_and_the_rest_as_arguments(project):
     more = "--threshold 0.4 --tta --gpu 0,1 --skip_bad --batch_size 64 --model straight --f 4"
     words = f"job --mode score --in_parts Extract/job001/particles.star --j 4 {more} --img_dim 28"

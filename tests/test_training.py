@@ -191,7 +191,7 @@ def test_a_checkpoint_of_other_images_is_not_gone_on_from(select_project, capsys
     stack = Path("Extract/job001/Mics/mic0.mrcs")
     os.utime(stack, (1, 1))
     assert job.main(train_words("--epochs 1").split()) == 0
-    assert "of another training; starting anew" in capsys.readouterr().out
+    assert "of another training; starting anew (other: stacks)" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_started_anew(select_project, capsys):

@@ -18,7 +18,7 @@ from relion_cryofilter.results.operating_curve import OperatingCurve, share_inte
 from relion_cryofilter.results.thresholds import ThresholdRequest, choose_threshold
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "default.safetensors"
-CURVE = "operating_curve"
+CURVE, ESTIMATE = "operating_curve", "threshold_estimate"
 PIXEL_SIZE_TOLERANCE = 0.1
 
 log = logging.getLogger("relion_cryofilter")
@@ -124,12 +124,14 @@ def resolve_threshold(
             f"for {request}; on the model's validation particles recall {recall}, precision "
             f"{precision:.3f}"
         )
-    return choose_threshold(request, scores), f"for {request}"
+    return choose_threshold(
+        request, scores
+    ), "as asked" if request.kind == "score" else f"for {request}"
 
 
 def _estimate(models: Sequence[Model]) -> str:
     """Return what validation said of a single model's own threshold, with intervals."""
-    known = models[0].provenance.get("validation", {})
+    known = models[0].provenance.get(ESTIMATE, {})
     if len(models) > 1 or "recall" not in known:
         return ""
     parts = [

@@ -24,6 +24,7 @@ from relion_cryofilter.commands.subsets import (
     REJECTED,
     describe_counts,
     refuse_to_overwrite,
+    warn_if_none,
     write_all_with_scores,
 )
 from relion_cryofilter.data.bad_images import BadImages
@@ -80,6 +81,7 @@ def score(
     threshold, reason = resolve_threshold(options.threshold, models, values)
     accepted = values >= threshold
     accepted[scores.bad.rows] = False
+    warn_if_none(accepted, values, threshold)
     outputs: tuple[Output, ...] = ()
     if places.star is not None and particles.star is not None and particles.loop is not None:
         label = options.score_label.removeprefix("_")
@@ -169,6 +171,11 @@ def _announce(particles: ParticleSet, models: Sequence[Model], options: ScoreOpt
         describe_models(models, options),
         ", averaged over eight views" if options.tta else "", options.threads,
     )  # fmt: skip
+    if not options.weights:
+        log.warning(
+            "The bundled model knows simulated particles only. Look at both subsets before you "
+            "discard anything, and train a model on your own choices (mode train)."
+        )
     label = options.score_label.removeprefix("_")
     if particles.loop is not None and label in particles.loop.labels:
         log.info("The input has a column %s already; it is overwritten in the results.", label)

@@ -15,6 +15,7 @@ from relion_cryofilter.commands.subsets import (
     REJECTED,
     describe_counts,
     refuse_to_overwrite,
+    warn_if_none,
     write_accepted_and_rejected,
 )
 from relion_cryofilter.data.star import Loop, StarFile, columns, particle_loop, read_star
@@ -44,7 +45,8 @@ def select(
     star = read_star(options.in_parts)
     loop = particle_loop(star)
     scores = read_scores(star, loop, options.score_label.removeprefix("_"))
-    request, reason = options.threshold, f"for {options.threshold}"
+    request = options.threshold
+    reason = "as asked" if request.kind == "score" else f"for {request}"
     if request.kind in ("recall", "precision"):
         curve = _stored_curve(options.weights)
         threshold = curve.threshold(request)
@@ -57,6 +59,7 @@ def select(
     if request.kind == "count" and accepted.sum() > request.value:
         reason += "; particles that tie with the last one are accepted too"
     options.o.mkdir(parents=True, exist_ok=True)
+    warn_if_none(accepted, scores, threshold)
     outputs = write_accepted_and_rejected(options.o, star, loop, accepted)
     log.info("Threshold %g (%s): %s.", threshold, reason, describe_counts(accepted))
     log.info("Results are in %s/", options.o)

@@ -67,3 +67,12 @@ def describe_counts(accepted: np.ndarray) -> str:
     """Return ``812 accepted (81.2 %), 188 rejected``."""
     n, kept = len(accepted), int(accepted.sum())
     return f"{kept:,} accepted ({100 * kept / n:.1f} %), {n - kept:,} rejected"
+
+
+def warn_if_none(accepted: np.ndarray, scores: np.ndarray, threshold: float) -> None:
+    """Say how far the best particle is from a threshold that none reaches."""
+    if not accepted.any():
+        log.warning(
+            "The highest score is %.6f, below the threshold %g. keep=0.5 would accept half.",
+            scores.max(), threshold,
+        )  # fmt: skip

@@ -19,7 +19,7 @@ import relion_cryofilter
 from relion_cryofilter.commands import Output
 from relion_cryofilter.commands.evaluation import write_evaluation
 from relion_cryofilter.commands.metrics import labelled_set, results_folder
-from relion_cryofilter.commands.models import CURVE, check_pixel_size
+from relion_cryofilter.commands.models import CURVE, ESTIMATE, check_pixel_size
 from relion_cryofilter.commands.selftests import log_self_tests, run_self_tests
 from relion_cryofilter.commands.subsets import refuse_to_overwrite
 from relion_cryofilter.data.labelled import (
@@ -55,6 +55,7 @@ from relion_cryofilter.results.thresholds import choose_threshold
 
 MODEL, HISTORY, CHECKPOINT = "model.safetensors", "history.csv", "checkpoint_last.pt"
 DEFAULT_NETWORK = "straight"
+HARDLY_FILTERS = 0.8
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -258,6 +259,14 @@ def _calibrated(
         best.epoch, temperature, threshold, options.threshold, evaluation.sensitivity,
         evaluation.precision, (scores >= threshold).sum(), len(scores),
     )  # fmt: skip
+    bad_accepted = 1 - evaluation.specificity.value
+    if bad_accepted > HARDLY_FILTERS:
+        log.warning(
+            "This threshold accepts %.0f %% of the bad validation particles: it hardly filters. "
+            "The model has learnt too little, or %d good validation particles are too few for %s; "
+            "try more labels, or score with --threshold recall=0.9 or keep=0.6.",
+            100 * bad_accepted, labels.sum(), options.threshold,
+        )  # fmt: skip
     provenance = {
         "seen": seen_units(
             labelled.particles.take(np.concatenate([split.train, split.validation]))
@@ -270,7 +279,7 @@ def _calibrated(
                   **{name: len(part) for name, part in split.parts.items()}},
         "settings": asdict(_settings(options)),
         "best_epoch": best.epoch,
-        "validation": {
+        ESTIMATE: {
             name: [None if np.isnan(value) else value for value in interval]
             for name, interval in (("recall", evaluation.sensitivity),
                                    ("precision", evaluation.precision), ("auc", evaluation.auc))

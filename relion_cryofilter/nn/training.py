@@ -233,7 +233,11 @@ class Trainer:
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
             if state["identity"] != self.identity:
-                log.info("%s is of another training; starting anew.", self.checkpoint)
+                other = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
+                log.warning(
+                    "%s is of another training; starting anew (other: %s).",
+                    self.checkpoint, ", ".join(other),
+                )  # fmt: skip
                 return
             history = [Epoch(**epoch) for epoch in state["history"]]
             self.network.load_state_dict(state["network"])
@@ -245,7 +249,8 @@ class Trainer:
                 "%s can't be read (%s); starting anew.", self.checkpoint, type(error).__name__
             )
             return
-        log.info("Going on from %s after epoch %d.", self.checkpoint, len(self.history))
+        done = "; training is finished" if self._finished() else ""
+        log.info("Going on from %s after epoch %d%s.", self.checkpoint, len(self.history), done)
 
 
 def turn(images: Tensor, views: Tensor) -> Tensor:

@@ -77,8 +77,8 @@ def labels_of_select_job(particles_star: Path) -> LabelledSet:
     classes = _class_numbers(particles)
     labels = np.isin(classes, sorted(kept))
     notes = [
-        f"Labels from {folder}: {len(kept)} of {len(set(classes.tolist()))} classes of {data_star} "
-        f"were kept ({_listed(sorted(kept))})."
+        f"Labels from {folder}: of the {len(set(classes.tolist()))} classes in {data_star}, "
+        f"kept: {_listed(sorted(kept))}."
     ]
     notes += _compare_with_selection(particles, labels, particles_star)
     notes += _compare_with_backup(folder, kept)

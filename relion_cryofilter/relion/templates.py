@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
+from relion_cryofilter.data.project import find_project
 from relion_cryofilter.errors import UsageError
 from relion_cryofilter.files import write_text
-from relion_cryofilter.options import MODES
+from relion_cryofilter.options import MODES, available_cores
 
 JOB_FILE = "job.star"
 GUI_FILE = ".gui_externaljob.star"
@@ -53,6 +54,7 @@ def write_job_files(given: Mapping[str, list[str]]) -> None:
     paths = [Path(named)] if named else [Path(JOB_FILE), Path(GUI_FILE)]
     if named.endswith("/") or paths[0].is_dir():
         paths = [paths[0] / JOB_FILE]
+    _warn_of_surroundings(" ".join(given.get("in_parts", [])))
     for path in paths:
         verb = "Replaced" if path.exists() else "Wrote"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,14 +65,21 @@ def write_job_files(given: Mapping[str, list[str]]) -> None:
     log.info("Without a window: relion_pipeliner --addJobFromStar %s", paths[0])
 
 
+def _warn_of_surroundings(source: str) -> None:
+    if find_project(Path()) != Path.cwd():
+        log.warning("No default_pipeline.star here; run this in the RELION project's folder.")
+    if source and not Path(source).is_file():
+        log.warning("--in_parts %s does not exist here (yet).", source)
+
+
 def job_star(given: Mapping[str, list[str]]) -> str:
     """Return a job.star that RELION 3.1, 4.0 and 5.0 accept.
 
     Options beyond the tenth parameter go into the additional arguments.
     """
-    values = {"fn_exe": executable(), "in_part": "", "nr_threads": "1"}
+    values = {"fn_exe": executable()}
     values["in_part"] = " ".join(given.get("in_parts", []))
-    values["nr_threads"] = " ".join(given.get("j", [])) or "1"
+    values["nr_threads"] = " ".join(given.get("j", [])) or str(available_cores())
     parameters = [("mode", given["mode"][0])]
     parameters += [
         (name, " ".join(words) or "Yes")
