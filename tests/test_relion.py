@@ -83,7 +83,7 @@ def test_labels_typed_with_dashes_empty_values_and_several_words_arrive(project,
     command = Path(JOB, "note.txt").read_text()
     assert "----threshold 0.25 --features  --gpu 0 1 " in command
     assert status() == "success"
-    assert "at threshold 0.25" in Path(JOB, "run.out").read_text()
+    assert "Threshold 0.25 (as asked)" in Path(JOB, "run.out").read_text()
     assert Path(JOB, "features.npy").exists()
 
 
