@@ -44,8 +44,9 @@ def score(folder: str) -> None:
     """Score the project in this process and print the memory before and after."""
     import torch
 
-    from relion_cryofilter.commands import BUNDLED_MODEL, ScoreOptions, load_model
-    from relion_cryofilter.commands import score as score_job
+    from relion_cryofilter import ScoreOptions, load_model
+    from relion_cryofilter import score as score_job
+    from relion_cryofilter.commands.models import BUNDLED_MODEL
 
     model = load_model(BUNDLED_MODEL)
     model.probabilities(torch.zeros(32, 1, model.network.dim, model.network.dim))
