@@ -31,6 +31,7 @@ _METAVARS = {
     "integer": "N",
     "number": "X",
     "text": "TEXT",
+    "label": "LABEL",
     "path": "PATH",
     "paths": "PATH ...",
     "gpu": "[N,...]",

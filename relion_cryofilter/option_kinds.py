@@ -103,6 +103,7 @@ _READERS: Mapping[str, Callable[[str], Any]] = {
     "integers": _read_integers,
     "number": float,
     "text": str,
+    "label": lambda text: text.removeprefix("_"),
     "path": Path,
     "gpu": _read_gpu,
     "threshold": ThresholdRequest.parse,

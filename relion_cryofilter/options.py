@@ -99,7 +99,7 @@ class ScoreOptions(ModelOptions):
     features: bool = option("Also write features.npy, one row a particle.", "flag", False)
     score_label: str = option(
         "Column for the scores. RELION can select and sort only by labels it knows.",
-        "text", SCORE_LABEL,
+        "label", SCORE_LABEL,
     )  # fmt: skip
 
 
@@ -179,7 +179,7 @@ class SelectOptions(JobOptions):
         "--weights also recall=0.95 and precision=0.9.", "threshold",
     )  # fmt: skip
     weights: Path | None = option("The model that scored, for recall and precision.", "path")
-    score_label: str = option("Column of the scores.", "text", SCORE_LABEL)
+    score_label: str = option("Column of the scores.", "label", SCORE_LABEL)
 
 
 @dataclass(frozen=True, kw_only=True)

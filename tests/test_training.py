@@ -220,6 +220,15 @@ def test_bad_images_are_left_out_of_the_same_split(select_project, capsys):
         assert {row["image"] for row in csv.DictReader(file)} == trained
 
 
+def test_a_stack_that_is_gone_is_left_out_of_a_training(select_project, capsys):
+    Path("Extract/job001/Mics/mic1.mrcs").unlink()
+    assert job.main(train_words("--epochs 1 --skip_bad").split()) == 0
+    assert "24 of 96 images can't be used: 24 in stacks that can't be read" in (
+        capsys.readouterr().out
+    )
+    assert load_model(Path(JOB, "model.safetensors")).provenance["boxes_px"] == [32]
+
+
 def test_a_model_is_not_trained_over_its_own_start(select_project, capsys):
     assert job.main(train_words("--epochs 1").split()) == 0
     assert job.main(train_words(f"--epochs 1 --init {JOB}model.safetensors").split()) == 2

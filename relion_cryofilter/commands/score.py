@@ -84,7 +84,7 @@ def score(
     warn_if_none(accepted, values, threshold)
     outputs: tuple[Output, ...] = ()
     if places.star is not None and particles.star is not None and particles.loop is not None:
-        label = options.score_label.removeprefix("_")
+        label = options.score_label
         outputs = write_all_with_scores(
             places.star, particles.star, particles.loop, accepted, label, values
         )
@@ -144,7 +144,7 @@ def _read_input(options: ScoreOptions) -> ParticleSet:
     if options.in_parts.suffix in (".mrcs", ".mrc"):
         raise UsageError(f"{options.in_parts} is an image stack. Give it as --mrc, not --in_parts.")
     particles = read_particles(options.in_parts)
-    _check_label(options.score_label.removeprefix("_"))
+    _check_label(options.score_label)
     return particles
 
 
@@ -176,7 +176,7 @@ def _announce(particles: ParticleSet, models: Sequence[Model], options: ScoreOpt
             "The bundled model knows simulated particles only. Look at both subsets before you "
             "discard anything, and train a model on your own choices (mode train)."
         )
-    label = options.score_label.removeprefix("_")
+    label = options.score_label
     if particles.loop is not None and label in particles.loop.labels:
         log.info("The input has a column %s already; it is overwritten in the results.", label)
 

@@ -44,7 +44,7 @@ def select(
     refuse_to_overwrite([options.in_parts], [options.o / name for name in (ACCEPTED, REJECTED)])
     star = read_star(options.in_parts)
     loop = particle_loop(star)
-    scores = read_scores(star, loop, options.score_label.removeprefix("_"))
+    scores = read_scores(star, loop, options.score_label)
     request = options.threshold
     reason = "as asked" if request.kind == "score" else f"for {request}"
     if request.kind in ("recall", "precision"):

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from relion_cryofilter.data.labelled import LabelledSet, Split
-from relion_cryofilter.data.stacks import read_header
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.small_images import Loaded
 from relion_cryofilter.nn.training import noise_images
@@ -45,11 +44,10 @@ def run_self_tests(
 ) -> list[SelfTest]:
     """Ask all self-tests of a training; see `results.selftests`."""
     particles, labels = labelled.particles, labelled.labels
-    boxes = np.array([read_header(path).nx for path in particles.stacks])[particles.stack_of]
     sizes = np.array([group.pixel_size_angstrom or 0.0 for group in particles.optics])
     statistics = {
         **loaded.statistics,
-        "box size": boxes.astype(np.float64),
+        "box size": loaded.boxes_px.astype(np.float64),
         "pixel size": sizes[particles.optics_of],
     }
     used = np.sort(np.concatenate(list(split.parts.values())))
@@ -58,7 +56,7 @@ def run_self_tests(
     small = loaded.images.get(some)
     thumbs = torch.nn.functional.adaptive_avg_pool2d(small[:, :1], THUMBNAIL_PX).flatten(1)
     train, test = (np.flatnonzero(np.isin(some, rows)) for rows in (split.train, split.test))
-    noise = model.preprocess(noise_images(int(np.median(boxes)), N_NOISE, seed))
+    noise = model.preprocess(noise_images(int(np.median(loaded.boxes_px[used])), N_NOISE, seed))
     others = np.concatenate([split.validation, split.test])
     return [
         *leak_tests(

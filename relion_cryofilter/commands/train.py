@@ -29,7 +29,6 @@ from relion_cryofilter.data.labelled import (
     short_hash,
     split_by_micrograph,
 )
-from relion_cryofilter.data.stacks import read_header
 from relion_cryofilter.errors import CryoFilterError, UsageError
 from relion_cryofilter.files import write_text
 from relion_cryofilter.nn.checkpoint import Model, load_model
@@ -288,7 +287,7 @@ def _calibrated(
             {group.pixel_size_angstrom for group in labelled.particles.optics
              if group.pixel_size_angstrom}
         ),
-        "boxes_px": sorted({read_header(path).nx for path in labelled.particles.stacks}),
+        "boxes_px": np.unique(loaded.boxes_px[loaded.boxes_px > 0]).tolist(),
         "threshold_request": str(options.threshold),
         CURVE: curve.to_dict(),
         "versions": {"relion_cryofilter": relion_cryofilter.__version__,

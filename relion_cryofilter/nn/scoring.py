@@ -148,7 +148,10 @@ class _Scorer:
             scores, features = self._first(models[0], first)
             for model in models[1:]:
                 scores = scores + model.probabilities(small[model.preprocess], self._tta)
-        faults = find_faults(images, first)
+        faults: dict[str, list[int]] = {}
+        for maps in small.values():
+            for reason, places in find_faults(images, maps).items():
+                faults.setdefault(reason, []).extend(places)
         return _BatchResult((scores / len(models)).cpu().numpy(), features.cpu().numpy(), faults)
 
     def _first(self, model: Model, small: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

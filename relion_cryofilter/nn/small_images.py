@@ -40,12 +40,15 @@ class Loaded:
         The small images, by row.
     statistics
         (n,) each: mean and sigma of the raw images and of their background.
+    boxes_px
+        (n,) box size of each image; 0 where its stack can't be read.
     bad
         The images that can't be used.
     """
 
     images: SmallImages
     statistics: Mapping[str, np.ndarray]
+    boxes_px: np.ndarray
     bad: BadImages
 
 
@@ -89,9 +92,10 @@ def load_small_images(
         for reason, places in reduced.faults.items():
             bad.add(batch_rows[places], reason)
         progress.step(len(batch_rows))
+    boxes = np.array([header.nx if header else 0 for header in headers])[particles.stack_of]
     if kept is None:
-        return Loaded(_Streamed(particles, preprocess, headers, threads), statistics, bad)
-    return Loaded(_InMemory(kept), statistics, bad)
+        return Loaded(_Streamed(particles, preprocess, headers, threads), statistics, boxes, bad)
+    return Loaded(_InMemory(kept), statistics, boxes, bad)
 
 
 def _fitting_type(shape: Sequence[int], max_bytes: float) -> torch.dtype | None:
