@@ -15,11 +15,6 @@ from relion_cryofilter.files import write_text
 from relion_cryofilter.results import figures
 from relion_cryofilter.results.metrics import Evaluation, curves
 
-FILES = (
-    "metrics.json", "predictions.csv", "roc.png", "precision_recall.png", "reliability.png",
-    "confusion_matrix.png", "score_histogram.png",
-)  # fmt: skip
-
 
 def write_evaluation(
     folder: Path,

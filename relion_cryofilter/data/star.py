@@ -65,10 +65,6 @@ class Loop:
     n_rows: int
     fault: str | None
 
-    def column(self, label: str) -> int | None:
-        """Return the 0-based column of `label`, or None when the loop lacks it."""
-        return self.labels.index(label) if label in self.labels else None
-
 
 @dataclass(frozen=True)
 class StarFile:

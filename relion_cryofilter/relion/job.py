@@ -30,8 +30,6 @@ ABORT_NOW = "RELION_JOB_ABORT_NOW"
 PIPELINE_CHANGED = ".pipeline_has_changed"
 
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)
-
-
 _MEDDLERS = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")
 
 
