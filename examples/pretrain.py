@@ -1,6 +1,6 @@
 """Pre-train the bundled network on simulated images of great variety.
 
-    python examples/pretrain.py --maps FOLDER --work FOLDER [--micrographs 2000]
+    python examples/pretrain.py --maps FOLDER --work FOLDER [--micrographs 4000]
 
 --maps holds densities (.mrc) of real molecules; half of the micrographs show one of them, the
 others random shapes. --work keeps the simulated images (made by several processes) and the
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--maps", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--micrographs", type=int, default=2000)
+    parser.add_argument("--micrographs", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--widths", type=int, nargs=3, default=(4, 8, 16))
@@ -102,7 +102,7 @@ def main() -> None:
     labels, groups = data["labels"].astype(bool), data["mics"]
     validation = np.flatnonzero(groups % 10 == 0)
     training = np.flatnonzero(groups % 10 != 0)
-    split = Split(training, validation, validation, "micrograph", groups)
+    split = Split(training, validation, validation, "micrograph", groups, "micrograph")
     torch.manual_seed(options.seed)
     torch.set_num_threads(options.j)
     network = build_network("d4", widths=list(options.widths), dim=DIM)

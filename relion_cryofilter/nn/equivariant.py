@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d
+from torch.nn.functional import avg_pool2d, batch_norm, conv2d
 
 from relion_cryofilter.errors import ModelError
 from relion_cryofilter.nn.network import Network
@@ -21,6 +21,8 @@ from relion_cryofilter.nn.preprocess import d4_views
 
 ORDER = 8
 """Number of flips and quarter turns of a square, in the order of `d4_views`."""
+
+EPSILON = 1e-5
 
 
 def _group_table() -> list[list[int]]:
@@ -80,7 +82,7 @@ class D4Conv(nn.Module):
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Return kernel and bias of the plain convolution with the batch norm in it."""
-        scale = self.gain / (self.variance + 1e-5).sqrt()
+        scale = self.gain / (self.variance + EPSILON).sqrt()
         bias = self.shift - self.mean * scale
         kernel = self.kernel() * scale.repeat_interleave(ORDER)[:, None, None, None]
         return kernel, bias.repeat_interleave(ORDER)
@@ -111,16 +113,12 @@ class D4Conv(nn.Module):
             return conv2d(x, kernel, bias, self.stride, self.padding)
         y = conv2d(x, self.kernel(), None, self.stride, self.padding)
         # One mean and variance for the eight maps of a channel keeps the symmetry.
-        variance, mean = torch.var_mean(y, dim=(0, 2, 3), unbiased=False)
-        pooled = mean.reshape(-1, ORDER).mean(1)
-        spread = (variance + mean.square()).reshape(-1, ORDER).mean(1) - pooled.square()
-        with torch.no_grad():
-            self.mean.lerp_(pooled, 0.1)
-            self.variance.lerp_(spread, 0.1)
-        scale = self.gain * (spread + 1e-5).rsqrt()
-        shift = self.shift - pooled * scale
-        scale, shift = (v.repeat_interleave(ORDER)[:, None, None] for v in (scale, shift))
-        return torch.addcmul(shift, y, scale)
+        n, maps, height, width = y.shape
+        pixels = y.permute(0, 2, 3, 1).reshape(-1, maps // ORDER, ORDER)
+        pixels = batch_norm(
+            pixels, self.mean, self.variance, self.gain, self.shift, training=True, eps=EPSILON
+        )
+        return pixels.reshape(n, height, width, maps).permute(0, 3, 1, 2)
 
 
 class D4(Network):

@@ -14,6 +14,7 @@ import numpy as np
 
 from relion_cryofilter.data.simulate.specimen import (
     PARTICLE,
+    SITE_SPACING,
     Array,
     Molecule,
     deposit_dirt,
@@ -29,8 +30,6 @@ from relion_cryofilter.errors import UsageError
 PICKS_PER_MICROGRAPH = 84
 MOLECULE_PER_BOX = 0.6  # particle diameter / box size
 BACKGROUND_RADIUS = 0.75  # of half a box: the default of RELION's Extract job
-SOLVENT_SHARE = 0.3  # of the noise variance: made before the CTF, the rest is shot noise
-SLOW_ICE_RMS = 0.16  # uneven ice, in units of the noise's standard deviation
 SHOT_NOISE_SLOPE = 0.6  # how the standard deviation of shot noise follows the ice: 10 % rms
 ATOM_SIGMA_ANGSTROM = 2.0
 FIELD_PER_SITE = 1.4  # sqrt(area per object) / particle diameter
@@ -47,6 +46,31 @@ class CtfParameters:
     cs_mm: float = 2.7
     amplitude_contrast: float = 0.1
     b_factor: float = 100.0
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a micrograph is like, apart from its CTF.
+
+    Attributes
+    ----------
+    solvent_share
+        Part of the noise's variance that is made before the CTF; the rest is shot noise.
+    slow_ice_rms
+        Uneven ice, in units of the noise's standard deviation.
+    spacing
+        Least distance between two objects / particle diameter.
+    unpicked
+        Particles that no pick is on / picks.
+    jitter
+        Standard deviation of the picks about the particles, in each direction / diameter.
+    """
+
+    solvent_share: float = 0.3
+    slow_ice_rms: float = 0.16
+    spacing: float = SITE_SPACING
+    unpicked: float = 1 / 6
+    jitter: float = 0.03
 
 
 @dataclass(frozen=True)
@@ -103,6 +127,8 @@ def simulate_micrograph(
     box_px: int = 64,
     pixel_size_angstrom: float = 3.0,
     snr: float = 0.05,
+    field: Field | None = None,
+    other: Molecule | None = None,
 ) -> tuple[Array, Picks]:
     """Simulate one micrograph, protein dark, with one pick of each kind asked for.
 
@@ -114,32 +140,35 @@ def simulate_micrograph(
     snr : variance of the noise-free, CTF-filtered image inside a circle of the molecule's diameter
         around a whole particle (mean over the particles) / variance of the noise. The latter is 1:
         solvent and shot noise, without the slow ice.
+    field : crowding and noise; None means Field()
+    other : the molecule at sites of the kind "other"
 
     Returns
     -------
     image : (side, side) float32, side chosen to hold the picks
     picks : Picks, in the order of `kinds`
     """
-    kinds = np.asarray(kinds)
+    kinds, field = np.asarray(kinds), field or Field()
     diameter_px = molecule.diameter_angstrom / pixel_size_angstrom
-    everything = np.append(kinds, [PARTICLE] * max(2, len(kinds) // 6))
+    everything = np.append(kinds, [PARTICLE] * max(2, int(len(kinds) * field.unpicked)))
     margin, has_film = box_px / 2 + 0.9 * diameter_px, "carbon" in kinds
     inner = np.sqrt(len(everything) * (1.6 if has_film else 1)) * FIELD_PER_SITE * diameter_px
+    inner *= field.spacing / SITE_SPACING
     side = 32 * int(np.ceil((2 * margin + max(inner, 2 * box_px)) / 32))
     film = film_distance(rng, side, margin) if has_film else None
-    sites = place_sites(rng, everything, side, margin, diameter_px, film, box_px)
+    sites = place_sites(rng, everything, side, margin, diameter_px, film, box_px, field.spacing)
 
     transfer = ctf((side, side), pixel_size_angstrom, parameters or CtfParameters())
-    protein = deposit_proteins(rng, molecule, everything, sites, side, pixel_size_angstrom)
+    protein = deposit_proteins(rng, molecule, everything, sites, side, pixel_size_angstrom, other)
     atom = np.exp(-2 * (np.pi * ATOM_SIGMA_ANGSTROM) ** 2 * _frequency2(side, pixel_size_angstrom))
     signal = np.fft.irfft2(np.fft.rfft2(protein) * transfer * atom, (side, side))
     signal *= np.sqrt(
         snr / _masked_variance(signal, sites[everything == PARTICLE], diameter_px / 2)
     )
     dirt = deposit_dirt(rng, sites[everything == "ice"], side, diameter_px, film)
-    image = signal + _dirt_and_noise(rng, dirt, transfer, diameter_px)
+    image = signal + _dirt_and_noise(rng, dirt, transfer, diameter_px, field)
 
-    offset = rng.normal(0, 0.03, (len(kinds), 2))
+    offset = rng.normal(0, field.jitter, (len(kinds), 2))
     away = directions(rng, len(kinds), 2) * rng.uniform(0.35, 0.6, (len(kinds), 1))
     offset[kinds == "off_centre"] = away[kinds == "off_centre"]
     x, y = (sites[: len(kinds)] + offset * diameter_px).T
@@ -268,18 +297,18 @@ def _masked_variance(signal: Array, centres: Array, radius_px: float) -> float:
 
 
 def _dirt_and_noise(
-    rng: np.random.Generator, dirt: Array, transfer: Array, diameter_px: float
+    rng: np.random.Generator, dirt: Array, transfer: Array, diameter_px: float, field: Field
 ) -> Array:
     """Dirt through the CTF, solvent noise (white before the CTF), slow ice and shot noise."""
     side, frequencies = len(dirt), transfer.shape
     transfer = transfer / np.sqrt((transfer**2).mean())
     lowpass = np.exp(-_frequency2(side, 1.0) * (0.8 * diameter_px) ** 2)
-    lowpass *= SLOW_ICE_RMS / np.sqrt((lowpass**2).mean())
+    lowpass *= field.slow_ice_rms / np.sqrt((lowpass**2).mean())
     # Complex white noise on the half plane: real white noise of variance 1 after irfft2.
     white = rng.standard_normal((2, *frequencies, 2)) @ np.array([1, 1j]) * (side / np.sqrt(2))
-    solvent = np.sqrt(SOLVENT_SHARE) * white[0] + np.fft.rfft2(dirt)
+    solvent = np.sqrt(field.solvent_share) * white[0] + np.fft.rfft2(dirt)
     ice = np.fft.irfft2(white[1] * lowpass, (side, side))
-    shot = np.sqrt(1 - SOLVENT_SHARE) * rng.standard_normal((side, side))
+    shot = np.sqrt(1 - field.solvent_share) * rng.standard_normal((side, side))
     image: Array = np.fft.irfft2(solvent * transfer, (side, side))
     image += ice + shot * np.exp(SHOT_NOISE_SLOPE * ice)
     return image

@@ -25,6 +25,7 @@ JUNK_SHARES = {
     "broken": 0.17,  # a fragment, 30 to 60 % of the pseudo-atoms
     "ice": 0.15,  # a bright or dark contaminant
     "carbon": 0.25,  # the edge of the carbon film; only in every third micrograph
+    "other": 0.10,  # a smaller or larger molecule; only where one is given
 }
 KINDS = (PARTICLE, *JUNK_SHARES)
 SITE_SPACING = 1.1  # least distance between two objects / particle diameter
@@ -33,15 +34,37 @@ ATOMS_PER_ROD = 12
 
 @dataclass(frozen=True)
 class Molecule:
-    """A cloud of pseudo-atoms, centred: `atoms` (n, 3) in Å, `weights` (n,) in arbitrary units."""
+    """A cloud of pseudo-atoms, centred: `atoms` (n, 3) in Å, `weights` (n,) in arbitrary units.
+
+    `bend_degrees` is how far one part of it swings about the rest; `views` (k, 3, 3), if any, are
+    the orientations that it prefers in the ice, up to a turn in the plane and 10 degrees.
+    """
 
     atoms: Array
     weights: Array
+    bend_degrees: float = 0.0
+    views: Array | None = None
 
     @property
     def diameter_angstrom(self) -> float:
         """Diameter of the smallest centred sphere that holds all pseudo-atoms, Å."""
         return 2 * float(np.linalg.norm(self.atoms, axis=1).max())
+
+    def pose(self, rng: np.random.Generator) -> Array:
+        """Return the pseudo-atoms (n, 3) of one copy, bent and turned."""
+        atoms = self.atoms
+        if self.bend_degrees:
+            arm = atoms[:, 0] > np.quantile(atoms[:, 0], 0.6)
+            hinge = atoms[arm][atoms[arm, 0].argmin()]
+            swing = _small_rotation(rng, self.bend_degrees)
+            atoms = np.where(arm[:, None], (atoms - hinge) @ swing.T + hinge, atoms)
+        if self.views is None:
+            return np.asarray(atoms @ random_rotation(rng).T)
+        angle = rng.uniform(0, 2 * np.pi)
+        c, s = np.cos(angle), np.sin(angle)
+        in_plane = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
+        view = self.views[int(rng.integers(len(self.views)))]
+        return np.asarray(atoms @ (in_plane @ _small_rotation(rng, 10.0) @ view).T)
 
 
 def random_molecule(
@@ -80,11 +103,17 @@ def random_molecule(
 
 
 def draw_kinds(
-    rng: np.random.Generator, n: int, junk_fraction: float = 0.5, *, carbon: bool = False
+    rng: np.random.Generator,
+    n: int,
+    junk_fraction: float = 0.5,
+    *,
+    carbon: bool = False,
+    others: bool = False,
 ) -> Array:
     """Draw the kinds of a micrograph's picks, (n,) str: round(n * junk_fraction) are junk."""
     n_junk = round(n * junk_fraction)
-    names = [name for name in JUNK_SHARES if carbon or name != "carbon"]
+    left_out = {name for name, wanted in (("carbon", carbon), ("other", others)) if not wanted}
+    names = [name for name in JUNK_SHARES if name not in left_out]
     shares = np.array([JUNK_SHARES[name] for name in names])
     junk = rng.choice(names, n_junk, p=shares / shares.sum())
     return rng.permutation(np.array([PARTICLE] * (n - n_junk) + list(junk), dtype="U10"))
@@ -113,10 +142,11 @@ def place_sites(
     diameter_px: float,
     film: Array | None,
     box_px: int,
+    spacing: float = SITE_SPACING,
 ) -> Array:
     """Throw darts: (n, 2) x and y, kept apart; carbon picks at the film's edge, the rest off it."""
     sites: list[Array] = []
-    spacing = SITE_SPACING * diameter_px
+    spacing = spacing * diameter_px
     while len(sites) < len(kinds):
         darts = rng.uniform(margin, side - margin, (256, 2))
         free = np.ones(len(darts), dtype=bool)
@@ -140,12 +170,13 @@ def deposit_proteins(
     sites: Array,
     side: int,
     pixel_size_angstrom: float,
+    other: Molecule | None = None,
 ) -> Array:
-    """Everything made of the molecule, projected, (side, side)."""
+    """All proteins, projected, (side, side); `other` is what stands at sites of that kind."""
     parts = [
         (site + atoms[:, :2] / pixel_size_angstrom, weights)
         for kind, site in zip(kinds, sites, strict=True)
-        for atoms, weights in _protein(rng, molecule, kind)
+        for atoms, weights in _protein(rng, other if other and kind == "other" else molecule, kind)
     ]
     return _deposit(parts, side)
 
@@ -163,8 +194,16 @@ def deposit_dirt(
     return dirt
 
 
-def _rotation(rng: np.random.Generator) -> Array:
-    """A rotation matrix, uniform over SO(3), by QR with fixed signs.
+def _small_rotation(rng: np.random.Generator, degrees: float) -> Array:
+    """A rotation by up to so many degrees about a random axis (Rodrigues)."""
+    x, y, z = directions(rng, 1)[0]
+    angle = np.deg2rad(rng.uniform(0, degrees))
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.asarray(np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross)
+
+
+def random_rotation(rng: np.random.Generator) -> Array:
+    """A rotation matrix (3, 3), uniform over SO(3), by QR with fixed signs.
 
     Notices of the AMS 54, 592 (2007).
     """
@@ -197,8 +236,8 @@ def _protein(
     rng: np.random.Generator, molecule: Molecule, kind: str
 ) -> Iterator[tuple[Array, Array]]:
     """Yield pseudo-atoms (n, 3) in Å about the site and weights (n,) of what stands at a site."""
-    atoms, weights = molecule.atoms @ _rotation(rng).T, molecule.weights * rng.uniform(0.85, 1.15)
-    if kind in (PARTICLE, "off_centre"):
+    atoms, weights = molecule.pose(rng), molecule.weights * rng.uniform(0.85, 1.15)
+    if kind in (PARTICLE, "off_centre", "other"):
         yield atoms, weights
     elif kind == "broken":
         depth = atoms @ directions(rng, 1)[0]
@@ -206,7 +245,7 @@ def _protein(
         yield atoms[kept] - atoms[kept].mean(0), weights[kept]
     elif kind == "aggregate":
         for shift in directions(rng, int(rng.integers(3, 7))) * molecule.diameter_angstrom:
-            yield molecule.atoms @ _rotation(rng).T + shift * rng.uniform(0.25, 0.75), weights
+            yield molecule.pose(rng) + shift * rng.uniform(0.25, 0.75), weights
 
 
 def _ice(rng: np.random.Generator, diameter_px: float) -> tuple[Array, Array]:

@@ -8,12 +8,13 @@ far as they are varied (domain randomization: J. Tobin et al., IROS 2017).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from relion_cryofilter.data.simulate.micrograph import (
     CtfParameters,
+    Field,
     SimulatedImages,
     extract,
     simulate_micrograph,
@@ -24,6 +25,7 @@ from relion_cryofilter.data.simulate.specimen import (
     directions,
     draw_kinds,
     random_molecule,
+    random_rotation,
 )
 
 ARTEFACTS = ("blank", "stripes", "border", "gold", "lattice", "texture")
@@ -40,9 +42,9 @@ class Ranges:
     size
         Diameter of the molecule / box.
     pixel_size_angstrom
-        Å/px.
+        Å/px; drawn by its logarithm.
     snr
-        As in `simulate_micrograph`; drawn by its logarithm.
+        As in `simulate_micrograph`; its logarithm, with twice the mean density at the high end.
     defocus_angstrom
         Mean defocus.
     junk_fraction
@@ -50,8 +52,8 @@ class Ranges:
     """
 
     size: tuple[float, float] = (0.3, 0.7)
-    pixel_size_angstrom: tuple[float, float] = (2.0, 3.5)
-    snr: tuple[float, float] = (0.004, 0.3)
+    pixel_size_angstrom: tuple[float, float] = (1.8, 7.0)
+    snr: tuple[float, float] = (0.003, 0.3)
     defocus_angstrom: tuple[float, float] = (5000.0, 35000.0)
     junk_fraction: tuple[float, float] = (0.3, 0.7)
 
@@ -138,13 +140,21 @@ def _one_micrograph(
     ranges: Ranges,
 ) -> tuple[Array, Array]:
     """Return boxes (picks, box, box) and kinds (picks,)."""
-    pixel_size = rng.uniform(*ranges.pixel_size_angstrom)
+    pixel_size = _log_uniform(rng, ranges.pixel_size_angstrom)
     diameter = rng.uniform(*ranges.size) * box_px * pixel_size
     molecule = random_shape(rng, diameter)
     if len(molecules) and rng.random() < 0.5:
         real = molecules[int(rng.integers(len(molecules)))]
         molecule = Molecule(real.atoms * diameter / real.diameter_angstrom, real.weights)
-    kinds = draw_kinds(rng, picks, rng.uniform(*ranges.junk_fraction), carbon=rng.random() < 0.3)
+    molecule = replace(
+        molecule,
+        bend_degrees=float(rng.choice([0.0, rng.uniform(5, 40)])),
+        views=np.stack([random_rotation(rng) for _ in range(3)]) if rng.random() < 0.3 else None,
+    )
+    ratio = rng.uniform(0.3, 0.55) if rng.random() < 0.7 else rng.uniform(1.5, 2)
+    film, others = rng.random(2) < [0.3, 0.5]
+    fraction = rng.uniform(*ranges.junk_fraction)
+    kinds = draw_kinds(rng, picks, fraction, carbon=bool(film), others=bool(others))
     image, places = simulate_micrograph(
         rng,
         molecule,
@@ -152,13 +162,30 @@ def _one_micrograph(
         parameters=_random_ctf(rng, ranges),
         box_px=box_px,
         pixel_size_angstrom=pixel_size,
-        snr=float(np.exp(rng.uniform(*np.log(ranges.snr)))),
+        snr=_mostly_high(rng, ranges.snr),
+        field=Field(
+            solvent_share=rng.uniform(0.1, 0.6),
+            slow_ice_rms=_log_uniform(rng, (0.05, 0.4)),
+            spacing=rng.uniform(0.85, 1.4),
+            unpicked=rng.uniform(0.1, 0.8),
+            jitter=rng.uniform(0.02, 0.08),
+        ),
+        other=random_shape(rng, ratio * diameter),
     )
     images = extract(image, places, box_px)
     for place in np.flatnonzero((kinds == "empty") & (rng.random(picks) < ARTEFACT_SHARE)):
         kinds[place] = rng.choice(ARTEFACTS)
         images[place] = _artefact(rng, images[place], kinds[place])
     return images, kinds
+
+
+def _log_uniform(rng: np.random.Generator, ends: tuple[float, float]) -> float:
+    return float(np.exp(rng.uniform(*np.log(ends))))
+
+
+def _mostly_high(rng: np.random.Generator, ends: tuple[float, float]) -> float:
+    low, high = np.log(ends)
+    return float(np.exp(low + (high - low) * np.sqrt(rng.random())))
 
 
 def _random_ctf(rng: np.random.Generator, ranges: Ranges) -> CtfParameters:
@@ -189,8 +216,13 @@ def _artefact(rng: np.random.Generator, noise: Array, kind: str) -> Array:
         lines = np.sign(np.sin(2 * np.pi * (x if rng.random() < 0.5 else y) / period))
         return np.asarray(noise + 0.3 * strength * lines, np.float32)
     if kind == "border":
-        inside = along < rng.uniform(-0.3, 0.3) * box
-        return np.asarray(np.where(inside, noise, rng.uniform(-3, 3)), np.float32)
+        inside = along < rng.uniform(-0.3, 0.45) * box
+        outside = rng.uniform(-3, 3)
+        if rng.random() < 0.5:  # rows of the last good pixels, as some programs pad
+            outside = np.roll(noise, int(rng.integers(box)), 0)[:, :1] * rng.uniform(0.5, 2)
+            inside = x < rng.uniform(0, 0.45) * box
+        image = np.asarray(np.where(inside, noise, outside), np.float32)
+        return np.asarray(np.rot90(image, int(rng.integers(4))))
     if kind == "gold":
         radius, cx, cy = rng.uniform(0.04, 0.3) * box, *rng.uniform(-0.3, 0.3, 2) * box
         return np.asarray(noise + 3 * strength * (np.hypot(x - cx, y - cy) < radius), np.float32)
