@@ -125,22 +125,35 @@ class TrainOptions(JobOptions, LabelOptions):
         "Share of the particles to train on, whole micrographs; the rest is halved between "
         "validation and test.", "number", 0.7, low=0.05, high=0.95,
     )  # fmt: skip
-    epochs: int = option("Most epochs; training stops early.", "integer", 30, low=1)
+    epochs: int | None = option(
+        "Most epochs; training stops early. Default: 12 from a model, 30 from scratch.",
+        "integer", low=1,
+    )  # fmt: skip
     patience: int = option("Epochs without a better validation AUC.", "integer", 10, low=1)
     batch_size: int = option("Images a step.", "integer", 64, low=1)
     learning_rate: float = option("At the start; it falls.", "number", 1e-3, low=1e-8, high=1.0)
     augmentation: bool = option("Show images flipped and rotated too.", "flag", True)
+    ensemble: int = option(
+        "Models to train, each with another part of the micrographs for validation; their scores "
+        "are averaged.", "integer", 1, low=1, high=10,
+    )  # fmt: skip
     model: str | None = option(
-        "Network: straight or roberts.", "text", choices=("straight", "roberts")
+        "Train this network from scratch: d4 (the bundled one's), straight or roberts (2020). "
+        "Default: the bundled model is fine-tuned.",
+        "text", choices=("d4", "straight", "roberts"),
+    )  # fmt: skip
+    f: int | None = option("Filters of straight or roberts. Default: 32.", "integer", low=1)
+    img_dim: int | None = option(
+        "Network image size in px. Default: 28; of d4, 48.", "integer", low=8
     )
-    f: int | None = option("Filters of the network's convolutions. Default: 32.", "integer", low=1)
-    img_dim: int | None = option("Network image size in px. Default: 28.", "integer", low=8)
     preprocess: str | None = option(
-        "blur_resize (as in 2020) or fourier_crop. Default: blur_resize.",
+        "blur_resize (as in 2020) or fourier_crop. Default: that of 2020 for straight and roberts.",
         "text",
         choices=("blur_resize", "fourier_crop"),
     )
-    init: Path | None = option("Model to start from (fine-tuning).", "path")
+    init: Path | None = option(
+        "Model to start from (fine-tuning); the bundled one if no network is named.", "path"
+    )
     seed: int = option(
         "Of the split, the weights and the order.", "integer", 0, low=0, high=2**31 - 1
     )

@@ -40,9 +40,17 @@ def log_self_tests(tests: Sequence[SelfTest]) -> None:
 
 
 def run_self_tests(
-    model: Model, loaded: Loaded, labelled: LabelledSet, split: Split, seed: int
+    models: Sequence[Model],
+    threshold: float,
+    loaded: Loaded,
+    labelled: LabelledSet,
+    split: Split,
+    seed: int,
 ) -> list[SelfTest]:
-    """Ask all self-tests of a training; see `results.selftests`."""
+    """Ask all self-tests of a training; see `results.selftests`.
+
+    `models` of one preprocessing score as their mean, against `threshold`.
+    """
     particles, labels = labelled.particles, labelled.labels
     sizes = np.array([group.pixel_size_angstrom or 0.0 for group in particles.optics])
     statistics = {
@@ -56,7 +64,9 @@ def run_self_tests(
     small = loaded.images.get(some)
     thumbs = torch.nn.functional.adaptive_avg_pool2d(small[:, :1], THUMBNAIL_PX).flatten(1)
     train, test = (np.flatnonzero(np.isin(some, rows)) for rows in (split.train, split.test))
-    noise = model.preprocess(noise_images(int(np.median(loaded.boxes_px[used])), N_NOISE, seed))
+    box = int(np.median(loaded.boxes_px[used]))
+    noise = models[0].preprocess(noise_images(box, N_NOISE, seed))
+    noise_scores = np.mean([model.probabilities(noise).numpy() for model in models], axis=0)
     others = np.concatenate([split.validation, split.test])
     return [
         *leak_tests(
@@ -66,7 +76,7 @@ def run_self_tests(
         ),
         copies_test(identity, split.train, others),
         permutation_test(thumbs.numpy(), labels[some], identity[some], train, test, seed),
-        noise_test(model.probabilities(noise).numpy(), model.threshold),
+        noise_test(noise_scores, threshold),
         split_test(split.parts, split.clusters, split.cluster_unit),
         evidence_test(split.parts, labels),
     ]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from sklearn.model_selection import StratifiedGroupKFold
 
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.errors import CryoFilterError
@@ -77,6 +78,36 @@ class Split:
         """Return this split without the rows in `bad`."""
         kept = [np.setdiff1d(part, bad) for part in self.parts.values()]
         return replace(self, train=kept[0], validation=kept[1], test=kept[2])
+
+    def members(self, labels: np.ndarray, count: int, seed: int) -> list[Split]:
+        """Return `count` splits of one test part, each with another validation part.
+
+        The first is this one. The others cut training and validation rows into `count` parts, by
+        cluster, with both labels (n,) in each (scikit-learn's StratifiedGroupKFold).
+
+        Raises
+        ------
+        CryoFilterError
+            There are too few clusters with both labels for so many.
+        """
+        if count == 1:
+            return [self]
+        rows = np.sort(np.concatenate([self.train, self.validation]))
+        folds = StratifiedGroupKFold(max(count, round(len(rows) / max(1, len(self.validation)))),
+                                     shuffle=True, random_state=seed)  # fmt: skip
+        found = []
+        try:
+            for train, validation in folds.split(rows, labels[rows], self.clusters[rows]):
+                if len(set(labels[rows[validation]].tolist())) == 2:
+                    found.append(replace(self, train=rows[train], validation=rows[validation]))
+        except ValueError:
+            found = []
+        if len(found) < count - 1:
+            raise CryoFilterError(
+                f"--ensemble {count} needs as many parts of the {self.cluster_unit}s that hold "
+                f"good and bad particles; only {len(found) + 1} could be made. Ask for fewer."
+            )
+        return [self, *found[: count - 1]]
 
     @property
     def parts(self) -> dict[str, np.ndarray]:

@@ -93,7 +93,8 @@ class Model:
         small : Tensor
             Network input (n, channels, dim, dim), as `preprocess` makes it.
         tta : bool
-            Test-time augmentation: the mean score of the eight flips and quarter turns.
+            Test-time augmentation: the mean score of the eight flips and quarter turns; nothing
+            to do for an equivariant network.
 
         Returns
         -------
@@ -161,7 +162,7 @@ class Model:
                 batch = _filled_up(small[rows].to(device), step)
                 logits, vectors = self.network.forward_with_features(_channels_last(batch))
                 values = self._score(logits)
-                if tta:
+                if tta and not self.network.equivariant:
                     values = self._mean_over_views(batch, values)
                 scores[rows] = values[:count]
                 features[rows] = vectors[:count, :kept]

@@ -133,6 +133,7 @@ class D4(Network):
     """
 
     name = "d4"
+    equivariant = True
     channels = 1
 
     def __init__(self, widths: Sequence[int] = (6, 12, 16), dim: int = 48) -> None:

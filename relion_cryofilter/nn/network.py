@@ -22,11 +22,14 @@ class Network(nn.Module, ABC):
         Input is (n, channels, dim, dim); further channels are ignored.
     feature_count : int
         Length of the feature vector.
+    equivariant : bool
+        Whether the eight flips and quarter turns of an image give the same logit, exactly.
     kwargs : dict
         What `build_network` needs, next to the name, to build this network again.
     """
 
     name: ClassVar[str]
+    equivariant: ClassVar[bool] = False
     channels: int
     dim: int
     feature_count: int

@@ -56,6 +56,9 @@ class Settings:
         Show each image in one of its eight flips and rotations, another each epoch.
     seed
         Of weights, order and augmentation.
+    fine_tuning
+        The network has been trained before: batch norms keep their statistics, and its weights
+        are kept as they are if no epoch does better.
     """
 
     epochs: int = 30
@@ -64,6 +67,7 @@ class Settings:
     learning_rate: float = 1e-3
     augmentation: bool = True
     seed: int = 0
+    fine_tuning: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,7 @@ class Trainer:
         self.identity = {**identity, "settings": asdict(settings)}
         self.optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate)
         self.history: list[Epoch] = []
+        self.start_auc = -1.0
         self.best_state: State = copy.deepcopy(network.state_dict())
 
     def run(
@@ -144,6 +149,10 @@ class Trainer:
         Aborted
             On request, within one step; `checkpoint` has the epochs that were finished.
         """
+        if self.settings.fine_tuning:
+            self.network.eval()
+            self.start_auc = self._validate(self._predict())[2]
+            log.info("Before any training: validation AUC %.4f.", self.start_auc)
         self._resume()
         progress.step(len(self.history) * len(self.split.train))
         after_epoch(self.history)
@@ -163,6 +172,11 @@ class Trainer:
         """The epoch of the highest validation AUC; the first of equals."""
         return max(self.history, key=lambda epoch: epoch.val_auc)
 
+    @property
+    def best_number(self) -> int:
+        """The epoch whose weights are kept; 0 if those before any training are better."""
+        return self.best.epoch if self.best.val_auc > self.start_auc else 0
+
     def _finished(self) -> bool:
         done = len(self.history)
         patience = self.settings.patience
@@ -175,27 +189,27 @@ class Trainer:
             group["lr"] = rate
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + number)
         order = torch.randperm(len(self.split.train), generator=generator).numpy()
-        views = torch.randint(8 if settings.augmentation else 1, (len(order),), generator=generator)
-        self.network.train()
+        turned = settings.augmentation and not self.network.equivariant
+        views = torch.randint(8, (len(order),), generator=generator)
+        self.network.train(not settings.fine_tuning)
         total, correct = 0.0, 0
         for chunk in range(0, len(order), CHUNK):
             rows = self.split.train[order[chunk : chunk + CHUNK]]
             small = self.images.get(rows)
             for begin in range(0, len(rows), settings.batch_size):
                 part = slice(begin, begin + settings.batch_size)
-                batch = turn(small[part], views[chunk:][part])
+                batch = turn(small[part], views[chunk:][part]) if turned else small[part]
                 loss, right = self._step(batch, torch.from_numpy(rows[part]))
                 total += loss * len(batch)
                 correct += right
                 progress.step(len(batch))
         self.network.eval()
-        logits = predict(self.network, self.images, self.split.validation)
-        val_loss, val_acc, val_auc = self._validate(logits)
+        val_loss, val_acc, val_auc = self._validate(self._predict())
         self.history.append(Epoch(
             number, total / len(order), correct / len(order), val_loss, val_acc, val_auc,
             rate, time.monotonic() - start,
         ))  # fmt: skip
-        if self.best.epoch == number:
+        if self.best.epoch == number and val_auc > self.start_auc:
             self.best_state = copy.deepcopy(self.network.state_dict())
 
     def _step(self, batch: Tensor, rows: Tensor) -> tuple[float, int]:
@@ -207,6 +221,9 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         return loss.item(), int(((logits > 0) == (targets > 0)).sum())
+
+    def _predict(self) -> Tensor:
+        return predict(self.network, self.images, self.split.validation)
 
     def _validate(self, logits: Tensor) -> tuple[float, float, float]:
         rows = torch.from_numpy(self.split.validation).to(self.device)

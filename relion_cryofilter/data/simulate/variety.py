@@ -217,7 +217,7 @@ def _artefact(rng: np.random.Generator, noise: Array, kind: str) -> Array:
         return np.asarray(noise + 0.3 * strength * lines, np.float32)
     if kind == "border":
         inside = along < rng.uniform(-0.3, 0.45) * box
-        outside = rng.uniform(-3, 3)
+        outside = np.asarray(rng.uniform(-3, 3))
         if rng.random() < 0.5:  # rows of the last good pixels, as some programs pad
             outside = np.roll(noise, int(rng.integers(box)), 0)[:, :1] * rng.uniform(0.5, 2)
             inside = x < rng.uniform(0, 0.45) * box
