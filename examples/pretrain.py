@@ -1,6 +1,6 @@
 """Pre-train the bundled network on simulated images of great variety.
 
-    python examples/pretrain.py --maps FOLDER --work FOLDER [--micrographs 4000]
+    python examples/pretrain.py --maps FOLDER --work FOLDER
 
 --maps holds densities (.mrc) of real molecules; half of the micrographs show one of them, the
 others random shapes. --work keeps the simulated images (made by several processes) and the
@@ -31,7 +31,10 @@ from relion_cryofilter.progress import Progress
 from relion_cryofilter.results.operating_curve import OperatingCurve
 from relion_cryofilter.results.thresholds import ThresholdRequest
 
-PICKS, CHUNK, DIM = 40, 20, 48
+DIM = 48
+BATCHES = ((1, 4000, 40, 20), (2, 4000, 30, 50))
+"""Seed, micrographs, picks on each, micrographs a file."""
+
 HELD_OUT = ("1u6g", "4v4r_30S", "5gjv")
 """Maps that stay unseen, so that the benchmarks can test on them."""
 
@@ -49,14 +52,13 @@ class Stored:
         return self.images[torch.from_numpy(rows)].float()
 
 
-def make_chunk(job: tuple[int, int, list, Path]) -> None:
-    """Simulate micrographs from `first` on and keep their small images."""
-    seed, first, molecules, path = job
+def make_chunk(job: tuple[int, range, int, list, Path]) -> None:
+    """Simulate micrographs of some numbers and keep their small images."""
+    seed, numbers, picks, molecules, path = job
     if path.exists():
         return
     torch.set_num_threads(1)
-    numbers = range(first, first + CHUNK)
-    made = simulate_varied(seed, numbers, picks=PICKS, molecules=molecules)
+    made = simulate_varied(seed, numbers, picks=picks, molecules=molecules)
     small = FourierCrop(DIM)(torch.from_numpy(made.images)).half().numpy()
     temporary = path.with_suffix(".part")
     with temporary.open("wb") as file:
@@ -73,15 +75,20 @@ def simulate(options: argparse.Namespace) -> dict[str, np.ndarray]:
                 molecules.append(molecule_of_map(file.data, float(file.voxel_size.x) or 3.0))
     options.work.mkdir(parents=True, exist_ok=True)
     jobs = [
-        (options.seed, first, molecules, options.work / f"{options.seed}_{first:06d}.npz")
-        for first in range(0, options.micrographs, CHUNK)
-    ]
+        (seed, range(first, first + step), picks, molecules,
+         options.work / f"{seed}_{first:06d}.npz")
+        for seed, count, picks, step in BATCHES
+        for first in range(0, count, step)
+    ]  # fmt: skip
     with multiprocessing.get_context("spawn").Pool(options.j) as pool:
         for done, _ in enumerate(pool.imap_unordered(make_chunk, jobs), 1):
-            print(f"simulated {done * CHUNK} of {options.micrographs} micrographs", flush=True)
+            if done % 20 == 0:
+                print(f"simulated {done} of {len(jobs)} files", flush=True)
     parts = [np.load(path) for *_, path in jobs]
-    return {name: np.concatenate([part[name] for part in parts])
-            for name in ("small", "labels", "kinds", "mics")}  # fmt: skip
+    data = {name: np.concatenate([part[name] for part in parts])
+            for name in ("small", "labels", "kinds")}  # fmt: skip
+    numbers = [part["mics"] + 1_000_000 * job[0] for part, job in zip(parts, jobs)]
+    return {**data, "mics": np.concatenate(numbers)}
 
 
 def main() -> None:
@@ -89,8 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--maps", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--micrographs", type=int, default=4000)
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--widths", type=int, nargs=3, default=(4, 8, 16))
     parser.add_argument("--seed", type=int, default=1)

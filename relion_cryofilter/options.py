@@ -79,6 +79,9 @@ class ModelOptions(JobOptions):
     batch_size: int | None = option(
         "Images read at a time by each thread; 32 MiB worth if not given.", "integer", low=1
     )
+    any_contrast: bool = option(
+        "Go on though the particles are darker than their surroundings.", "flag", False
+    )
     gpu: str | None = option(
         "GPUs: 0, 0,1, 0:1 or nothing for all of them; cpu or absent for none.", "gpu"
     )
@@ -165,6 +168,9 @@ class TrainOptions(JobOptions, LabelOptions):
         "GB for the small images; a larger set is read again each epoch.", "number", 8.0, low=0
     )
     skip_bad: bool = option("Leave out missing, blank and NaN images.", "flag", False)
+    any_contrast: bool = option(
+        "Go on though the good particles are darker than their surroundings.", "flag", False
+    )
     gpu: str | None = option("GPU to train on (the first named); absent for none.", "gpu")
     out_dir: Path | None = option("The 2020 name of --o.", "path")
     weight_dir: Path | None = option("Folder for the model, if not --o.", "path")

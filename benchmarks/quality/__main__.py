@@ -11,6 +11,7 @@ import argparse
 import multiprocessing
 import os
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 from runs import do, runs_of
@@ -30,11 +31,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.md"))
     options = parser.parse_args()
     sets = list(all_sets(options.real, options.maps, options.work))
+    of_each = [[(data, run, options.work) for run in runs_of(data, options.seeds)] for data in sets]
     jobs = [
-        (data, run, options.work)
-        for data in sets
-        for run in runs_of(data, options.seeds)
-        if not options.only or options.only in run.model
+        job
+        for round_of_jobs in zip_longest(*of_each)
+        for job in round_of_jobs
+        if job and (not options.only or options.only in job[1].model)
     ]
     with multiprocessing.get_context("spawn").Pool(options.j) as pool:
         waiting = [pool.apply_async(do, job) for job in jobs]

@@ -50,15 +50,19 @@ class Run:
 
 
 def runs_of(data: LabelledImages, seeds: int) -> list[Run]:
-    """Return all runs on a set, the quick ones first."""
+    """Return all runs on a set, those that the bars need first."""
     noise = LABEL_NOISE if data.simulated else 0.0
-    runs = [Run(NO_LABELS, 0, seed, 0.0) for seed in range(seeds)]
-    for model in (FINE_TUNED, *LINEAR, ROBERTS, STRAIGHT, SCRATCH):
-        for labels in LABELS:
-            runs += [Run(model, labels, seed, noise) for seed in range(seeds)]
+    needed = [(NO_LABELS, 0, 0.0), (ROBERTS, None, noise)]
+    needed += [(FINE_TUNED, labels, noise) for labels in LABELS]
     if data.simulated:
-        runs += [Run(FINE_TUNED, None, seed, x) for x in (0.0, 0.3) for seed in range(seeds)]
-    return runs
+        needed += [(FINE_TUNED, None, 0.0), (FINE_TUNED, None, 0.3)]
+    for model in (*LINEAR, SCRATCH, STRAIGHT, ROBERTS):
+        needed += [(model, labels, noise) for labels in reversed(LABELS)]
+    return [
+        Run(model, labels, seed, share)
+        for model, labels, share in dict.fromkeys(needed)
+        for seed in range(seeds)
+    ]
 
 
 def test_part(data: LabelledImages, seed: int) -> np.ndarray:

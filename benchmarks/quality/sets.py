@@ -15,12 +15,12 @@ from relion_cryofilter.data.simulate import molecule_of_map, simulate_images
 REAL = ("apoferritin_10146", "trpv1_10059")
 SIMULATED = {
     # name: map, SNR, box in px, diameter / box, seed
-    "sim 1u6g, SNR 0.05": ("1u6g", 0.05, 96, 0.55, 101),
-    "sim 5gjv, SNR 0.05": ("5gjv", 0.05, 96, 0.45, 105),
-    "sim 4v4r, SNR 0.02": ("4v4r_30S", 0.02, 96, 0.55, 102),
-    "sim 5gjv, SNR 0.008": ("5gjv", 0.008, 96, 0.60, 103),
+    "sim 1u6g, SNR 0.05": ("1u6g", 0.05, 192, 0.44, 101),
+    "sim 5gjv, SNR 0.02": ("5gjv", 0.02, 192, 0.50, 105),
+    "sim 4v4r, SNR 0.02": ("4v4r_30S", 0.02, 192, 0.55, 102),
+    "sim 1u6g, SNR 0.008": ("1u6g", 0.008, 192, 0.44, 103),
 }
-"""Neither the maps nor the box, and no micrograph, are in the pre-training."""
+"""At 2 to 2.5 Å/px. Neither the maps nor the box, and no micrograph, are in the pre-training."""
 
 N_SIMULATED = 2520
 LOOK_ALIKE = ("aggregate", "broken", "off_centre")

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
+from relion_cryofilter.commands.contrast import check_contrast
 from relion_cryofilter.commands.evaluation import write_evaluation
 from relion_cryofilter.commands.models import (
     check_pixel_size,
@@ -66,6 +67,9 @@ def metrics(
     else:
         _warn_of_seen(models, labelled)
     log.info("Model %s; measured on %s.", describe_models(models, options), part)
+    if not options.any_contrast:
+        wanted = labelled.particles.take(np.flatnonzero(labelled.labels))
+        check_contrast(wanted, models[0].preprocess, options.threads)
     scores = score_particles(
         labelled.particles,
         models,

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
+from relion_cryofilter.commands.contrast import check_contrast
 from relion_cryofilter.commands.models import (
     check_pixel_size,
     check_request,
@@ -63,6 +64,8 @@ def score(
     check_request(options.threshold, models)
     devices = choose_devices(gpu_numbers(options.gpu))
     _announce(particles, models, options)
+    if not options.any_contrast:
+        check_contrast(particles, models[0].preprocess, options.threads)
     for folder in (places.star, places.csv.parent, places.extras):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from relion_cryofilter.commands import Output
+from relion_cryofilter.commands.contrast import refuse_dark
 from relion_cryofilter.commands.evaluation import write_evaluation
 from relion_cryofilter.commands.fitting import MODEL, Start, fit, model_name, settings_of
 from relion_cryofilter.commands.metrics import labelled_set, results_folder
@@ -68,6 +69,9 @@ def train(
     loaded = _load(labelled, start.preprocess, options, abort_requested)
     split = split.without(loaded.bad.rows)
     _check_parts(split, labelled.labels)
+    if not options.any_contrast:
+        good = np.flatnonzero(labelled.labels & (loaded.boxes_px > 0))
+        refuse_dark(loaded.contrast[good], split.clusters[good], labelled.particles.source)
     _announce(labelled, split, start, loaded, options)
     members = split.members(labelled.labels, options.ensemble, options.seed)
     epochs = settings_of(options, start.fine_tuning).epochs

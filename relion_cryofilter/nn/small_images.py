@@ -12,6 +12,7 @@ import torch
 from relion_cryofilter.data.bad_images import BadImages, check_stacks
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.data.stacks import StackHeader
+from relion_cryofilter.nn.contrast import SCALES, centre_contrast
 from relion_cryofilter.nn.pipeline import find_faults, map_batches
 from relion_cryofilter.nn.preprocess import Preprocess
 from relion_cryofilter.progress import Progress
@@ -40,6 +41,8 @@ class Loaded:
         The small images, by row.
     statistics
         (n,) each: mean and sigma of the raw images and of their background.
+    contrast
+        (n, 3) of `centre_contrast`; NaN for images that can't be used.
     boxes_px
         (n,) box size of each image; 0 where its stack can't be read.
     bad
@@ -48,6 +51,7 @@ class Loaded:
 
     images: SmallImages
     statistics: Mapping[str, np.ndarray]
+    contrast: np.ndarray
     boxes_px: np.ndarray
     bad: BadImages
 
@@ -83,19 +87,23 @@ def load_small_images(
     kept = torch.zeros(shape, dtype=dtype) if dtype else None
     names = ("image mean", "image sigma", "background mean", "background sigma")
     statistics = {name: np.full(len(particles), np.nan) for name in names}
+    contrast = np.full((len(particles), len(SCALES)), np.nan)
     work = _Reduction(preprocess, keep=kept is not None)
     for batch_rows, reduced in map_batches(work, particles, rows, headers, threads=threads):
         if kept is not None:
             kept[torch.from_numpy(batch_rows)] = reduced.small.to(kept.dtype)
         for name, values in zip(names, reduced.statistics):
             statistics[name][batch_rows] = values
+        contrast[batch_rows] = reduced.contrast
         for reason, places in reduced.faults.items():
             bad.add(batch_rows[places], reason)
         progress.step(len(batch_rows))
     boxes = np.array([header.nx if header else 0 for header in headers])[particles.stack_of]
     if kept is None:
-        return Loaded(_Streamed(particles, preprocess, headers, threads), statistics, boxes, bad)
-    return Loaded(_InMemory(kept), statistics, boxes, bad)
+        images: SmallImages = _Streamed(particles, preprocess, headers, threads)
+    else:
+        images = _InMemory(kept)
+    return Loaded(images, statistics, contrast, boxes, bad)
 
 
 def _fitting_type(shape: Sequence[int], max_bytes: float) -> torch.dtype | None:
@@ -109,6 +117,7 @@ def _fitting_type(shape: Sequence[int], max_bytes: float) -> torch.dtype | None:
 class _Reduced:
     small: torch.Tensor
     statistics: tuple[np.ndarray, ...]
+    contrast: np.ndarray
     faults: dict[str, list[int]]
 
 
@@ -126,9 +135,10 @@ class _Reduction:
             sigma, mean = torch.std_mean(boxes, dim=(1, 2))
             background_sigma, background_mean = torch.std_mean(boxes[:, outside], dim=1)
             faults = find_faults(images, small)
+            contrast = centre_contrast(small).double().numpy()
         numbers = (mean, sigma, background_mean, background_sigma)
         statistics = tuple(values.double().numpy() for values in numbers)
-        return _Reduced(small if self._keep else small[:0], statistics, faults)
+        return _Reduced(small if self._keep else small[:0], statistics, contrast, faults)
 
 
 def _background(ny: int, nx: int) -> torch.Tensor:

@@ -1,0 +1,59 @@
+"""Refusing images whose contrast is inverted, before a model makes nonsense of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from relion_cryofilter.data.bad_images import check_stacks
+from relion_cryofilter.data.labelled import clusters_of
+from relion_cryofilter.data.particles import ParticleSet
+from relion_cryofilter.errors import CryoFilterError
+from relion_cryofilter.nn.contrast import SCALES, centre_contrast, looks_dark
+from relion_cryofilter.nn.pipeline import map_batches
+from relion_cryofilter.nn.preprocess import Preprocess
+
+PROBED = 1000
+
+
+def check_contrast(particles: ParticleSet, preprocess: Preprocess, threads: int) -> None:
+    """Look at up to a thousand images, spread over the set, and refuse dark particles.
+
+    Parameters
+    ----------
+    particles
+        What will be scored, or the good ones of a labelled set.
+    preprocess
+        Makes small images.
+    threads
+        Worker threads.
+
+    Raises
+    ------
+    CryoFilterError
+        The centres of the images are darker than what surrounds them.
+    """
+    headers, bad = check_stacks(particles)
+    usable = np.setdiff1d(np.arange(len(particles)), bad.rows, assume_unique=True)
+    count = min(PROBED, len(usable))
+    rows = usable[np.linspace(0, len(usable) - 1, count).astype(np.int64)] if count else usable
+    values = np.full((len(rows), len(SCALES)), np.nan)
+
+    def measure(images: torch.Tensor) -> np.ndarray:
+        with torch.inference_mode():
+            return centre_contrast(preprocess(images.float())).double().numpy()
+
+    for batch_rows, contrast in map_batches(measure, particles, rows, headers, threads=threads):
+        values[np.searchsorted(rows, batch_rows)] = contrast
+    refuse_dark(values, clusters_of(particles.take(rows))[0], particles.source)
+
+
+def refuse_dark(contrast: np.ndarray, clusters: np.ndarray, source: str) -> None:
+    """Raise CryoFilterError if `centre_contrast` (n, 3) says that protein is dark."""
+    if looks_dark(contrast, clusters):
+        raise CryoFilterError(
+            f"{source}: the particles are darker than what surrounds them; expected: protein "
+            "white, as RELION's Extract job makes it with 'Invert contrast? Yes'. The model would take it for junk. Extract again with "
+            "that, or turn the images over with relion_image_handler --multiply_constant -1. "
+            "If they are right as they are, --any_contrast goes on."
+        )
