@@ -22,7 +22,7 @@ from sklearn.metrics import roc_auc_score
 import relion_cryofilter
 from relion_cryofilter.commands.models import BUNDLED_MODEL, CURVE
 from relion_cryofilter.data.labelled import Split
-from relion_cryofilter.data.simulate import molecule_of_map, simulate_varied
+from relion_cryofilter.data.simulate import degrade, molecule_of_map, simulate_varied
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.networks import build_network
 from relion_cryofilter.nn.preprocess import FourierCrop
@@ -34,6 +34,9 @@ from relion_cryofilter.results.thresholds import ThresholdRequest
 DIM = 48
 BATCHES = ((1, 4000, 40, 20), (2, 4000, 30, 50))
 """Seed, micrographs, picks on each, micrographs a file."""
+
+NOISE_MICROGRAPHS, NOISE_PICKS = 400, 40
+"""Boxes of noise alone, which are bad, whatever their spectrum."""
 
 HELD_OUT = ("1u6g", "4v4r_30S", "5gjv")
 """Maps that stay unseen, so that the benchmarks can test on them."""
@@ -85,10 +88,25 @@ def simulate(options: argparse.Namespace) -> dict[str, np.ndarray]:
             if done % 20 == 0:
                 print(f"simulated {done} of {len(jobs)} files", flush=True)
     parts = [np.load(path) for *_, path in jobs]
-    data = {name: np.concatenate([part[name] for part in parts])
-            for name in ("small", "labels", "kinds")}  # fmt: skip
-    numbers = [part["mics"] + 1_000_000 * job[0] for part, job in zip(parts, jobs)]
-    return {**data, "mics": np.concatenate(numbers)}
+    data = [{**part, "mics": part["mics"] + 1_000_000 * job[0]} for part, job in zip(parts, jobs)]
+    data.append(make_noise())
+    names = ("small", "labels", "kinds", "mics")
+    return {name: np.concatenate([part[name] for part in data]) for name in names}
+
+
+def make_noise() -> dict[str, np.ndarray]:
+    """Make boxes of noise, a spectrum for each micrograph."""
+    small = []
+    for number in range(NOISE_MICROGRAPHS):
+        rng = np.random.default_rng([0, number])
+        boxes = rng.normal(size=(NOISE_PICKS, 64, 64)).astype(np.float32)
+        boxes = degrade(rng, boxes) if number % 2 else boxes
+        small.append(FourierCrop(DIM)(torch.from_numpy(boxes)).half().numpy())
+    n = NOISE_MICROGRAPHS * NOISE_PICKS
+    return {
+        "small": np.concatenate(small), "labels": np.zeros(n, int), "kinds": np.full(n, "noise"),
+        "mics": np.repeat(np.arange(NOISE_MICROGRAPHS), NOISE_PICKS),
+    }  # fmt: skip
 
 
 def main() -> None:
@@ -96,7 +114,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--maps", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--widths", type=int, nargs=3, default=(4, 8, 16))
     parser.add_argument("--seed", type=int, default=1)

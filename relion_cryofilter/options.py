@@ -133,8 +133,13 @@ class TrainOptions(JobOptions, LabelOptions):
         "integer", low=1,
     )  # fmt: skip
     patience: int = option("Epochs without a better validation AUC.", "integer", 10, low=1)
-    batch_size: int = option("Images a step.", "integer", 64, low=1)
-    learning_rate: float = option("At the start; it falls.", "number", 1e-3, low=1e-8, high=1.0)
+    batch_size: int | None = option(
+        "Images a step. Default: 32 from a model, 64 from scratch.", "integer", low=1
+    )
+    learning_rate: float | None = option(
+        "At the start; it falls. Default: 0.002 from a model, 0.001 from scratch.",
+        "number", low=1e-8, high=1.0,
+    )  # fmt: skip
     augmentation: bool = option("Show images flipped and rotated too.", "flag", True)
     ensemble: int = option(
         "Models to train, each with another part of the micrographs for validation; their scores "

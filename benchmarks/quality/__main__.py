@@ -14,6 +14,7 @@ import sys
 from itertools import zip_longest
 from pathlib import Path
 
+from nulls import NULLS, do_null
 from runs import do, runs_of
 from sets import all_sets
 from table import report
@@ -39,10 +40,19 @@ def main() -> None:
         if job and (not options.only or options.only in job[1].model)
     ]
     with multiprocessing.get_context("spawn").Pool(options.j) as pool:
+        nulls = [
+            pool.apply_async(do_null, (data, kind, seed, options.work))
+            for seed in range(options.seeds)
+            for data in sets
+            for kind in NULLS
+            if not options.only
+        ]
         waiting = [pool.apply_async(do, job) for job in jobs]
         for number, (job, done) in enumerate(zip(jobs, waiting), 1):
             done.get()
             print(f"{number} of {len(jobs)}: {job[0].name}, {job[1].stem}", flush=True)
+        for done in nulls:
+            done.get()
     options.out.write_text(report(sets, options.work, options.seeds))
     print(f"wrote {options.out}")
 

@@ -104,10 +104,10 @@ def do(data: LabelledImages, run: Run, work: Path) -> None:
         model = _model(data, run, rows, labels, folder / run.stem)
         facts["seconds"] = time.process_time() - start
         tta = run.model in (ROBERTS, STRAIGHT)
-        scores = _scores(model, data.images(test), tta)
+        scores = score_images(model, data.images(test), tta)
         noise = noise_images(data.images(test[:1]).shape[-1], N_NOISE, run.seed).numpy()
         facts["threshold"] = model.threshold
-        facts["noise_accepted"] = float((_scores(model, noise, tta) >= model.threshold).mean())
+        facts["noise_accepted"] = float((score_images(model, noise, tta) >= model.threshold).mean())
     facts.setdefault("seconds", time.process_time() - start)
     np.savez(result.with_suffix(".npz"), rows=test, scores=scores)
     result.write_text(json.dumps({**asdict(run), **facts}))
@@ -125,7 +125,8 @@ def _model(
     return load_model(folder / "model.safetensors")
 
 
-def _scores(model: Model, images: np.ndarray, tta: bool) -> np.ndarray:
+def score_images(model: Model, images: np.ndarray, tta: bool) -> np.ndarray:
+    """Return scores (n,) of images (n, box, box)."""
     parts = [
         model.probabilities(model.preprocess(part), tta)
         for part in torch.from_numpy(images).split(256)

@@ -10,7 +10,7 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 
-from relion_cryofilter.data.simulate import molecule_of_map, simulate_images
+from relion_cryofilter.data.simulate import Field, molecule_of_map, simulate_images
 
 REAL = ("apoferritin_10146", "trpv1_10059")
 SIMULATED = {
@@ -112,9 +112,12 @@ def _simulate(
     with mrcfile.open(density, permissive=True) as file:
         molecule = molecule_of_map(file.data, float(file.voxel_size.x) or 3.0)
     pixel_size = molecule.diameter_angstrom / (size * box)
+    # Noise falls with the scale and uneven ice does not: the same ice as at 64 px.
+    field = Field(slow_ice_rms=Field.slow_ice_rms * 64 / box)
     made = simulate_images(
-        seed, N_SIMULATED, box, snr, pixel_size_angstrom=pixel_size, molecules=[molecule]
-    )
+        seed, N_SIMULATED, box, snr, pixel_size_angstrom=pixel_size, molecules=[molecule],
+        field=field,
+    )  # fmt: skip
     stack.parent.mkdir(parents=True, exist_ok=True)
     mrcfile.write(stack, made.images, overwrite=True)
     np.savez(table, kinds=made.kinds, micrographs=made.micrographs)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from linear import LINEAR
+from nulls import NULLS
 from runs import FINE_TUNED, LABELS, NO_LABELS, ROBERTS, SCRATCH, STRAIGHT, Run
 from runs import LABEL_NOISE as USUAL_NOISE
 from scipy.special import ndtr, stdtrit
@@ -131,6 +132,7 @@ def report(sets: Sequence[LabelledImages], work: Path, seeds: int) -> str:
         "eight-fold TTA; the default is not, since its score is the same for all eight views.",
         "## AUC", _auc_table(results),
         "## The bars", _bars(results),
+        "## Nulls", _nulls(results),
         "## FPR at 95 % recall, all labels", _all_labels(results, "fpr_at_95_recall"),
         "## Calibration error (ECE), all labels", _all_labels(results, "ece"),
         "## AUC by kind of junk, all labels", _kinds(results),
@@ -231,6 +233,22 @@ def _bars(results: Sequence[Results]) -> str:
                 )
     lines += _overall(results)
     return _table(["what", "found", "wanted"], lines)
+
+
+def _nulls(results: Sequence[Results]) -> str:
+    lines = []
+    for result in results:
+        cells = []
+        for kind in NULLS:
+            paths = [result.folder / f"null_{kind}-{seed}.json" for seed in range(result.seeds)]
+            found = [json.loads(path.read_text()) for path in paths if path.exists()]
+            aucs = [f"{one['auc']:.3f}" for one in found if "auc" in one]
+            refused = sum("refused" in one for one in found)
+            cells.append(", ".join(aucs + [f"{refused} refused"] * (refused > 0)) or "not run")
+        lines.append([result.data.name, *cells])
+    head = ["set", "permuted labels (wanted: 0.48 to 0.52)",
+            "particles masked out (0.55 or less)", "inverted contrast (refused)"]  # fmt: skip
+    return _table(head, lines)
 
 
 def _overall(results: Sequence[Results]) -> list[list[str]]:

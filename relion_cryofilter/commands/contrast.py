@@ -53,7 +53,8 @@ def refuse_dark(contrast: np.ndarray, clusters: np.ndarray, source: str) -> None
     if looks_dark(contrast, clusters):
         raise CryoFilterError(
             f"{source}: the particles are darker than what surrounds them; expected: protein "
-            "white, as RELION's Extract job makes it with 'Invert contrast? Yes'. The model would take it for junk. Extract again with "
-            "that, or turn the images over with relion_image_handler --multiply_constant -1. "
-            "If they are right as they are, --any_contrast goes on."
+            "white, as RELION's Extract job makes it with 'Invert contrast? Yes'. The model would "
+            "take them for junk. Extract again with that, or turn the images over with "
+            "relion_image_handler --multiply_constant -1. If they are right as they are, "
+            "--any_contrast goes on."
         )

@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,14 @@ from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.network import Network
 from relion_cryofilter.nn.preprocess import Preprocess
 from relion_cryofilter.nn.small_images import Loaded
-from relion_cryofilter.nn.training import Epoch, Settings, Trainer, fit_temperature, predict
+from relion_cryofilter.nn.training import (
+    Epoch,
+    Settings,
+    Trainer,
+    fit_temperature,
+    noise_images,
+    predict,
+)
 from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.options import TrainOptions
 from relion_cryofilter.progress import Progress
@@ -35,7 +42,9 @@ from relion_cryofilter.results.operating_curve import OperatingCurve
 from relion_cryofilter.results.thresholds import choose_threshold
 
 MODEL, HISTORY, CHECKPOINT = "model.safetensors", "history.csv", "checkpoint_last.pt"
-EPOCHS_FROM_SCRATCH, EPOCHS_FROM_MODEL = 30, 12
+FROM_SCRATCH = {"epochs": 30, "batch_size": 64, "learning_rate": 1e-3}
+FROM_MODEL = {"epochs": 12, "batch_size": 32, "learning_rate": 2e-3}
+NOISE_SHARE, NOISE_POOL, NOISE_SEED = 0.05, 512, 10_000
 HARDLY_FILTERS = 0.8
 
 log = logging.getLogger("relion_cryofilter")
@@ -87,10 +96,12 @@ def fit(
     """
     torch.manual_seed(options.seed + number - 1)
     network = copy.deepcopy(start.network)
+    box = int(np.median(loaded.boxes_px[split.train]))
+    noise = start.preprocess(noise_images(box, NOISE_POOL, options.seed + NOISE_SEED))
     trainer = Trainer(
         network, loaded.images, labelled.labels, split, settings_of(options, start.fine_tuning),
         folder / _numbered(CHECKPOINT, number), _identity(labelled, start, split, loaded),
-        choose_devices(gpu_numbers(options.gpu))[0],
+        choose_devices(gpu_numbers(options.gpu))[0], noise,
     )  # fmt: skip
     history_path = (options.history_dir or folder) / _numbered(HISTORY, number)
     history = trainer.run(progress, lambda epochs: _write_history(history_path, epochs))
@@ -105,12 +116,13 @@ def fit(
 
 def settings_of(options: TrainOptions, fine_tuning: bool) -> Settings:
     """Return how to train."""
-    names = set(Settings.__dataclass_fields__) - {"fine_tuning", "epochs"}
+    usual: Mapping[str, Any] = FROM_MODEL if fine_tuning else FROM_SCRATCH
+    asked = {name: getattr(options, name) for name in usual}
+    chosen = {name: usual[name] if asked[name] is None else asked[name] for name in usual}
     return Settings(
-        **{name: getattr(options, name) for name in names},
-        epochs=options.epochs or (EPOCHS_FROM_MODEL if fine_tuning else EPOCHS_FROM_SCRATCH),
-        fine_tuning=fine_tuning,
-    )
+        **chosen, patience=options.patience, augmentation=options.augmentation, seed=options.seed,
+        noise_share=NOISE_SHARE if fine_tuning else 0.0, fine_tuning=fine_tuning,
+    )  # fmt: skip
 
 
 def _numbered(name: str, number: int) -> str:

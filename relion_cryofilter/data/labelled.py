@@ -82,8 +82,9 @@ class Split:
     def members(self, labels: np.ndarray, count: int, seed: int) -> list[Split]:
         """Return `count` splits of one test part, each with another validation part.
 
-        The first is this one. The others cut training and validation rows into `count` parts, by
-        cluster, with both labels (n,) in each (scikit-learn's StratifiedGroupKFold).
+        The first is this one. The others cut training and validation rows into parts, by cluster
+        (if this split is not by particle), with both labels (n,) in each (scikit-learn's
+        StratifiedGroupKFold).
 
         Raises
         ------
@@ -93,19 +94,20 @@ class Split:
         if count == 1:
             return [self]
         rows = np.sort(np.concatenate([self.train, self.validation]))
-        folds = StratifiedGroupKFold(max(count, round(len(rows) / max(1, len(self.validation)))),
-                                     shuffle=True, random_state=seed)  # fmt: skip
+        groups = rows if self.unit == "particle" else self.clusters[rows]
+        fewest = min(labels[rows].sum(), (~labels[rows]).sum(), len(np.unique(groups)))
+        usual = round(len(rows) / max(1, len(self.validation)))
+        number = min(max(count, usual), int(fewest))
         found = []
-        try:
-            for train, validation in folds.split(rows, labels[rows], self.clusters[rows]):
+        if number >= count:
+            folds = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
+            for train, validation in folds.split(rows, labels[rows], groups):
                 if len(set(labels[rows[validation]].tolist())) == 2:
                     found.append(replace(self, train=rows[train], validation=rows[validation]))
-        except ValueError:
-            found = []
         if len(found) < count - 1:
             raise CryoFilterError(
-                f"--ensemble {count} needs as many parts of the {self.cluster_unit}s that hold "
-                f"good and bad particles; only {len(found) + 1} could be made. Ask for fewer."
+                f"--ensemble {count} needs as many {self.unit}s, or groups of them, that hold good "
+                f"and bad particles; only {len(found) + 1} could be made. Ask for fewer."
             )
         return [self, *found[: count - 1]]
 

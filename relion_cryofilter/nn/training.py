@@ -56,6 +56,8 @@ class Settings:
         Show each image in one of its eight flips and rotations, another each epoch.
     seed
         Of weights, order and augmentation.
+    noise_share
+        Images of pure noise, as bad ones, that are added to each step / images of the step.
     fine_tuning
         The network has been trained before: batch norms keep their statistics, and its weights
         are kept as they are if no epoch does better.
@@ -67,6 +69,7 @@ class Settings:
     learning_rate: float = 1e-3
     augmentation: bool = True
     seed: int = 0
+    noise_share: float = 0.0
     fine_tuning: bool = False
 
 
@@ -101,6 +104,8 @@ class Trainer:
         Says what is trained on what; a checkpoint of another identity is not used.
     device
         Where to train.
+    noise
+        (m, c, d, d) small images of pure noise to draw from, if the settings want any.
     """
 
     def __init__(
@@ -113,12 +118,15 @@ class Trainer:
         checkpoint: Path,
         identity: Mapping[str, Any],
         device: torch.device = CPU,
+        noise: Tensor | None = None,
     ) -> None:
+        self.noise = noise if settings.noise_share else None
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.images, self.split, self.settings = images, split, settings
         self.device = device
-        self.targets = torch.from_numpy(labels.astype(np.float32)).to(device)
+        self.targets = torch.from_numpy(labels.astype(np.float32))
         share = labels[split.train].mean()
+        self.bad_weight = 0.5 / (1 - share)
         self.weights = torch.where(self.targets > 0, 0.5 / share, 0.5 / (1 - share)).float()
         self.prior_logit = math.log(share / (1 - share))
         self.checkpoint = checkpoint
@@ -169,8 +177,8 @@ class Trainer:
 
     @property
     def best(self) -> Epoch:
-        """The epoch of the highest validation AUC; the first of equals."""
-        return max(self.history, key=lambda epoch: epoch.val_auc)
+        """The epoch of the highest validation AUC; of equals, that of the lowest loss."""
+        return max(self.history, key=lambda epoch: (epoch.val_auc, -epoch.val_loss))
 
     @property
     def best_number(self) -> int:
@@ -199,7 +207,7 @@ class Trainer:
             for begin in range(0, len(rows), settings.batch_size):
                 part = slice(begin, begin + settings.batch_size)
                 batch = turn(small[part], views[chunk:][part]) if turned else small[part]
-                loss, right = self._step(batch, torch.from_numpy(rows[part]))
+                loss, right = self._step(batch, torch.from_numpy(rows[part]), generator)
                 total += loss * len(batch)
                 correct += right
                 progress.step(len(batch))
@@ -212,22 +220,29 @@ class Trainer:
         if self.best.epoch == number and val_auc > self.start_auc:
             self.best_state = copy.deepcopy(self.network.state_dict())
 
-    def _step(self, batch: Tensor, rows: Tensor) -> tuple[float, int]:
-        rows, batch = rows.to(self.device), batch.to(self.device)
-        targets = self.targets[rows]
+    def _step(self, batch: Tensor, rows: Tensor, generator: torch.Generator) -> tuple[float, int]:
+        targets, weights = self.targets[rows], self.weights[rows]
+        if self.noise is not None:
+            count = math.ceil(self.settings.noise_share * len(rows))
+            drawn = torch.randint(len(self.noise), (count,), generator=generator)
+            batch = torch.cat([batch, self.noise[drawn]])
+            targets = torch.cat([targets, torch.zeros(count)])
+            weights = torch.cat([weights, torch.full((count,), self.bad_weight)])
+        targets, weights, batch = (part.to(self.device) for part in (targets, weights, batch))
         logits = self.network(batch.contiguous(memory_format=torch.channels_last))
-        loss = binary_cross_entropy_with_logits(logits, targets, self.weights[rows])
+        loss = binary_cross_entropy_with_logits(logits, targets, weights)
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
-        return loss.item(), int(((logits > 0) == (targets > 0)).sum())
+        right = (logits > 0) == (targets > 0)
+        return loss.item(), int(right[: len(rows)].sum())
 
     def _predict(self) -> Tensor:
         return predict(self.network, self.images, self.split.validation)
 
     def _validate(self, logits: Tensor) -> tuple[float, float, float]:
-        rows = torch.from_numpy(self.split.validation).to(self.device)
-        targets, weights = self.targets[rows].cpu(), self.weights[rows].cpu()
+        rows = torch.from_numpy(self.split.validation)
+        targets, weights = self.targets[rows], self.weights[rows]
         loss = binary_cross_entropy_with_logits(logits, targets, weights)
         right = ((logits > 0) == (targets > 0)).float().mean()
         auc = roc_auc_score(targets.numpy(), logits.numpy())

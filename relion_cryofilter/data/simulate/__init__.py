@@ -42,6 +42,7 @@ from relion_cryofilter.data.simulate.specimen import (
 )
 from relion_cryofilter.data.simulate.variety import (
     Ranges,
+    degrade,
     molecule_of_map,
     random_shape,
     simulate_varied,
@@ -70,6 +71,7 @@ __all__ = [
     "Ranges",
     "SimulatedImages",
     "ctf",
+    "degrade",
     "draw_kinds",
     "extract",
     "molecule_of_map",

@@ -220,6 +220,7 @@ def simulate_images(
     junk_fraction: float = 0.5,
     pixel_size_angstrom: float = 3.0,
     molecules: int | Sequence[Molecule] = 4,
+    field: Field | None = None,
 ) -> SimulatedImages:
     """Simulate `n` extracted images without files, a molecule for each micrograph in turn.
 
@@ -229,6 +230,7 @@ def simulate_images(
     snr : as in simulate_micrograph
     junk_fraction : part of each micrograph's images that is junk, 0 to 1
     molecules : how many to make, or the molecules themselves
+    field : crowding and noise; None means Field()
 
     Raises
     ------
@@ -240,8 +242,10 @@ def simulate_images(
         diameter = MOLECULE_PER_BOX * box_px * pixel_size_angstrom
         molecules = [random_molecule(rng, diameter) for _ in range(molecules)]
     sizes = [min(PICKS_PER_MICROGRAPH, n - i) for i in range(0, n, PICKS_PER_MICROGRAPH)]
-    field = {"box_px": box_px, "pixel_size_angstrom": pixel_size_angstrom, "snr": snr}
-    parts = list(extracted_micrographs(rng, molecules, sizes, junk_fraction, **field))
+    settings = {"box_px": box_px, "pixel_size_angstrom": pixel_size_angstrom, "snr": snr}
+    parts = list(
+        extracted_micrographs(rng, molecules, sizes, junk_fraction, field=field, **settings)
+    )
     return SimulatedImages(
         np.concatenate([images for images, _, _ in parts]),
         np.concatenate([picks.labels for _, picks, _ in parts]),
@@ -255,19 +259,19 @@ def extracted_micrographs(
     molecules: Sequence[Molecule],
     sizes: Sequence[int],
     junk_fraction: float,
-    **field: Any,
+    **settings: Any,
 ) -> Iterator[tuple[Array, Picks, CtfParameters]]:
     """Yield extracted images, picks and CTF of one micrograph after the other.
 
-    `field` holds the box, pixel size and SNR of simulate_micrograph.
+    `settings` are those of simulate_micrograph: the box, the pixel size, the SNR and so on.
     """
     for index, n in enumerate(sizes):
         defocus, astigmatism, angle = rng.uniform([8000, 0, 0], [22000, 400, 180])
         p = CtfParameters(defocus + astigmatism / 2, defocus - astigmatism / 2, angle)
         kinds = draw_kinds(rng, n, junk_fraction, carbon=index % 3 == 1)
         molecule = molecules[index % len(molecules)]
-        image, picks = simulate_micrograph(rng, molecule, kinds, parameters=p, **field)
-        yield extract(image, picks, field["box_px"]), picks, p
+        image, picks = simulate_micrograph(rng, molecule, kinds, parameters=p, **settings)
+        yield extract(image, picks, settings["box_px"]), picks, p
 
 
 def check_settings(n: int, box_px: int, snr: float, junk_fraction: float) -> None:

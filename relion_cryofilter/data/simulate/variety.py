@@ -91,7 +91,7 @@ def simulate_varied(
     for number in micrographs:
         rng = np.random.default_rng([seed, number])
         images, kinds = _one_micrograph(rng, picks, box_px, molecules, ranges or Ranges())
-        parts.append((_degrade(rng, images) if degraded else images, kinds))
+        parts.append((degrade(rng, images) if degraded else images, kinds))
     kinds = np.concatenate([kinds for _, kinds in parts])
     return SimulatedImages(
         np.concatenate([images for images, _ in parts]),
@@ -239,8 +239,8 @@ def _artefact(rng: np.random.Generator, noise: Array, kind: str) -> Array:
     return np.asarray(noise + strength * blotches / blotches.std(), np.float32)
 
 
-def _degrade(rng: np.random.Generator, images: Array) -> Array:
-    """Process all boxes of a micrograph alike, as some programs and archives do."""
+def degrade(rng: np.random.Generator, images: Array) -> Array:
+    """Process all boxes (n, box, box) of a micrograph alike, as some programs and archives do."""
     box = images.shape[1]
     f = 2 * np.hypot(np.fft.fftfreq(box)[:, None], np.fft.rfftfreq(box)[None])  # Nyquist is 1
     gain = np.ones_like(f)
