@@ -71,7 +71,11 @@ class ModelOptions(JobOptions):
         "Accept scores of at least this: 0.6, recall=0.95, precision=0.9, keep=0.6 (a fraction), "
         "count=50000, or 2020 (0.5); the model's own threshold if not given.", "threshold",
     )  # fmt: skip
-    tta: bool = option("Average the scores of the eight flips and rotations.", "flag", False)
+    tta: bool = option(
+        "Average the scores of the eight flips and rotations; nothing to do for d4 networks.",
+        "flag",
+        False,
+    )
     skip_bad: bool = option(
         "Go on without missing, blank and NaN images (score: they get 0 and are listed in "
         "bad_images.csv).", "flag", False,

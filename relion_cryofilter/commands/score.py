@@ -169,11 +169,11 @@ def _announce(particles: ParticleSet, models: Sequence[Model], options: ScoreOpt
         particles.source, f"{len(particles):,}", f"{len(particles.stacks):,}",
         f"{len(particles.micrographs):,}", len(particles.optics),
     )  # fmt: skip
-    log.info(
-        "Model %s%s; %d thread(s).",
-        describe_models(models, options),
-        ", averaged over eight views" if options.tta else "", options.threads,
-    )  # fmt: skip
+    views = ""
+    if options.tta:
+        same = all(model.network.equivariant for model in models)
+        views = ", the same for all eight views" if same else ", averaged over eight views"
+    log.info("Model %s%s; %d thread(s).", describe_models(models, options), views, options.threads)
     if not options.weights:
         log.warning(
             "The bundled model knows simulated particles only. Look at both subsets before you "

@@ -220,5 +220,6 @@ def _measure(
     log.info("On the test part, which played no role in training:\n%s", evaluation.summary())
     log_self_tests(tests)
     if len(models) > 1:
-        names = " ".join(str(folder / model_name(n)) for n in range(1, len(models) + 1))
+        target = options.weight_dir or folder
+        names = " ".join(str(target / model_name(n)) for n in range(1, len(models) + 1))
         log.info("The scores above are the mean of %d models: --weights %s", len(models), names)
