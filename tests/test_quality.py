@@ -35,7 +35,7 @@ def test_wrong_labels_are_as_many_and_of_the_kinds_that_are_said(data):
     labels = data.noisy_labels(0.1, 0)
     wrong = labels != data.good
     assert set(data.kinds[wrong & ~data.good]) == {"broken"}
-    assert (wrong & ~data.good).sum() == round(0.1 * (~data.good).sum())
+    assert (wrong & ~data.good).sum() == round(0.1 * (data.kinds == "broken").sum())
     assert (wrong & data.good).sum() == round(0.1 * data.good.sum())
     assert np.array_equal(data.noisy_labels(0, 0), data.good)
 

@@ -72,16 +72,15 @@ class LabelledImages:
         return paths
 
     def noisy_labels(self, share: float, seed: int) -> np.ndarray:
-        """Return (n,) labels, wrong as classes make them.
+        """Return (n,) labels, wrong as those from classes are.
 
-        `share` of the junk, of the kinds that look like particles, is called good, and `share`
-        of the particles, at random, are called bad.
+        `share` of the junk that looks like particles (and falls into their classes) is called
+        good, and `share` of the particles bad. Other junk is found by any classification.
         """
         rng = np.random.default_rng([seed, 77])
         labels = self.good.copy()
         alike = np.flatnonzero(np.isin(self.kinds, LOOK_ALIKE))
-        wrong = min(len(alike), round(share * (~self.good).sum()))
-        labels[rng.choice(alike, wrong, replace=False)] = True
+        labels[rng.choice(alike, round(share * len(alike)), replace=False)] = True
         particles = np.flatnonzero(self.good)
         labels[rng.choice(particles, round(share * len(particles)), replace=False)] = False
         return labels

@@ -124,7 +124,7 @@ def report(sets: Sequence[LabelledImages], work: Path, seeds: int) -> str:
         f"{seeds} seeds of the split, the labels, the weights and the order. Each keeps 30 % of "
         "the micrographs for the test; `train` shares out the labels among the others by itself. "
         f"The labels of the simulated sets are wrong as those from classes are: {USUAL_NOISE:.0%} "
-        "of the junk, of the kinds that look like particles, is called good, and "
+        "of the aggregates, broken and off-centre particles are called good, and "
         f"{USUAL_NOISE:.0%} of the particles are called bad; the test is against the truth. "
         'Label 0 of the real sets is "away from every annotated particle" and holds some '
         "particles. Values are means over the seeds, intervals 95 % from a bootstrap over "
