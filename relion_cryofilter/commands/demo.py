@@ -1,4 +1,4 @@
-"""``relion_cryofilter demo``: a simulated RELION project, scored as an External job would."""
+"""``relion_cryofilter demo``: a simulated RELION project, filtered before and after a training."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from relion_cryofilter.commands import Output
 from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.simulate import simulate_project
+from relion_cryofilter.data.simulate import PARTICLE, simulate_project
+from relion_cryofilter.data.star_writing import write_subsets
 from relion_cryofilter.errors import CryoFilterError, UsageError
 from relion_cryofilter.options import DemoOptions
 
-JOB = "External/job002/"
+SCORE, TRAIN, SCORE_AGAIN = "External/job002/", "External/job003/", "External/job004/"
 PARTICLES = "Extract/job001/particles.star"
-SEED = 2020
+GOOD, BAD = "labels/good.star", "labels/bad.star"
+MICROGRAPHS, LABELLED, SEED = 14, 10, 2020
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -28,28 +32,38 @@ log = logging.getLogger("relion_cryofilter")
 def demo(
     options: DemoOptions, abort_requested: Callable[[], bool] = lambda: False
 ) -> tuple[Output, ...]:
-    """Make the project where it is missing, run the job in it, and compare with the truth.
+    """Make the project where it is missing, run the jobs in it, and compare with the truth.
 
     Raises
     ------
     UsageError
         The folder holds something else.
     CryoFilterError
-        The job failed.
+        A job failed.
     """
     project = options.folder
     _make_project(project)
-    words = ["score", "--o", JOB, "--in_parts", PARTICLES]
-    words += ["--j", str(options.j)] if options.j else []
-    log.info("In %s, as RELION would start it: external_job.py %s\n", project, " ".join(words))
-    _run_job(words, project)
-    _compare(project)
+    kinds, labelled = _truth(project)
+    threads = ["--j", str(options.j)] if options.j else []
+    log.info("\n1. Score with the bundled model.")
+    _run_job(["score", "--o", SCORE, "--in_parts", PARTICLES, *threads], project)
+    log.info("\n2. Train on labels of %d of the %d micrographs.", LABELLED, MICROGRAPHS)
+    _write_labels(project, kinds, labelled)
+    words = ["train", "--o", TRAIN, "--pos", GOOD, "--neg", BAD, *threads]
+    _run_job([*words, "--quiet"], project)
+    log.info("\n3. Score with the trained model.")
+    model = f"{TRAIN}model.safetensors"
+    _run_job(
+        ["score", "--o", SCORE_AGAIN, "--in_parts", PARTICLES, "--weights", model, *threads],
+        project,
+    )
+    _compare(project, kinds, labelled)
     return ()
 
 
 def _make_project(project: Path) -> None:
     if (project / PARTICLES).is_file() and (project / "truth.csv").is_file():
-        log.info("%s holds the simulated project already; scoring it again.", project)
+        log.info("%s holds the simulated project already; filtering it again.", project)
         return
     if project.exists() and (not project.is_dir() or any(project.iterdir())):
         raise UsageError(f"{project} exists and is not a demo project. Name a new folder.")
@@ -57,11 +71,14 @@ def _make_project(project: Path) -> None:
     project.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{project.name}.", dir=project.parent) as folder:
         made = Path(folder) / "project"
-        simulate_project(made, n_micrographs=10, particles_per_micrograph=100, seed=SEED)
+        simulate_project(
+            made, n_micrographs=MICROGRAPHS, particles_per_micrograph=100, snr=0.1, seed=SEED
+        )
         made.replace(project)
 
 
 def _run_job(words: list[str], project: Path) -> None:
+    log.info("In %s, as RELION would start it: external_job.py %s\n", project, " ".join(words))
     package_home = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package_home, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -72,20 +89,43 @@ def _run_job(words: list[str], project: Path) -> None:
         raise CryoFilterError("The demo job failed; see the lines above.")
 
 
-def _compare(project: Path) -> None:
+def _truth(project: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Return the kind of each row of particles.star and whether its micrograph is labelled."""
     with (project / "truth.csv").open() as file:
-        kinds = {row["image"]: row["kind"] for row in csv.DictReader(file)}
-    total = Counter(kinds.values())
-    kept: Counter[str] = Counter()
-    accepted = project / JOB / "particles_accepted.star"
-    if accepted.is_file():
-        particles = read_particles(accepted)
-        kept.update(kinds[particles.image_name(row)] for row in range(len(particles)))
-    log.info("\nAgainst the truth of the simulation, accepted of all:")
-    for kind, count in total.most_common():
-        log.info("  %-11s %4d of %4d", kind, kept[kind], count)
+        kind_of = {row["image"]: row["kind"] for row in csv.DictReader(file)}
+    particles = read_particles(project / PARTICLES)
+    kinds = np.array([kind_of[particles.image_name(row)] for row in range(len(particles))])
+    first = sorted(particles.micrographs)[:LABELLED]
+    return kinds, np.isin(np.array(particles.micrographs)[particles.micrograph_of], first)
+
+
+def _write_labels(project: Path, kinds: np.ndarray, labelled: np.ndarray) -> None:
+    particles = read_particles(project / PARTICLES)
+    good = kinds == PARTICLE
+    (project / GOOD).parent.mkdir(exist_ok=True)
+    masks = {project / GOOD: labelled & good, project / BAD: labelled & ~good}
+    if particles.star is not None and particles.loop is not None:
+        write_subsets(particles.star, particles.loop, masks)
+
+
+def _compare(project: Path, kinds: np.ndarray, labelled: np.ndarray) -> None:
+    names = read_particles(project / PARTICLES)
+    row_of = {names.image_name(row): row for row in range(len(names))}
+    kept = []
+    for job in (SCORE, SCORE_AGAIN):
+        accepted = project / job / "particles_accepted.star"
+        particles = read_particles(accepted) if accepted.is_file() else None
+        rows = [row_of[particles.image_name(n)] for n in range(len(particles))] if particles else []
+        kept.append(Counter(kinds[row] for row in rows if not labelled[row]))
     log.info(
-        "\nLook at %s: particles_accepted.star and particles_rejected.star are ready for the next "
-        "job,\nparticles.star holds every particle with its score, rlnParticleFigureOfMerit.",
-        project / JOB,
-    )
+        "\nAccepted on the %d micrographs without labels, against the truth of the simulation:\n"
+        "  kind         of all   bundled   trained", MICROGRAPHS - LABELLED,
+    )  # fmt: skip
+    for kind, count in Counter(kinds[~labelled].tolist()).most_common():
+        log.info("  %-11s %7d %9d %9d", kind, count, kept[0][kind], kept[1][kind])
+    log.info(
+        "\nLook at %s: particles_accepted.star and particles_rejected.star are ready for the next\n"
+        "job, particles.star holds every particle with its score, rlnParticleFigureOfMerit. %s\n"
+        "holds the model and what it is worth.",
+        project / SCORE_AGAIN, project / TRAIN,
+    )  # fmt: skip
