@@ -116,3 +116,22 @@ def test_the_interval_of_a_share_is_wilsons():
     value, low, high = share_interval(0.95, 100)
     assert (round(low, 3), value, round(high, 3)) == (0.888, 0.95, 0.978)
     assert share_interval(1.0, 10).high == 1.0
+
+
+def test_further_good_particles_steady_the_recall_and_leave_the_counts():
+    """A recall from 40 good particles varies; with 400 more of the same kind it hardly does."""
+    rng = np.random.default_rng(0)
+    request = ThresholdRequest("recall", 0.95)
+    spread = {}
+    for count in (0, 400):
+        found = []
+        for _ in range(30):
+            labels = np.arange(80) % 2 == 0
+            scores = np.clip(rng.normal(0.3 + 0.3 * labels, 0.1), 0, 1)
+            more = np.clip(rng.normal(0.6, 0.1, count), 0, 1)
+            curve = OperatingCurve.from_scores(labels, scores, np.arange(80), more)
+            assert (curve.n_positive, curve.n_negative) == (40, 40)
+            assert OperatingCurve.from_dict(curve.to_dict()) == curve
+            found.append(curve.threshold(request))
+        spread[count] = np.std(found)
+    assert spread[400] < 0.6 * spread[0]

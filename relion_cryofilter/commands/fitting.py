@@ -168,13 +168,25 @@ def _calibrated(
     options: TrainOptions,
     best: int,
 ) -> Model:
-    """Return the model with temperature and threshold from the validation part."""
+    """Return the model with temperature and threshold from the validation part.
+
+    A threshold for a recall is the quantile of few scores, so fine-tuning, which hardly fits the
+    training part, takes that part's good particles in (benchmarks/results/quality.md).
+    """
     rows, labels = split.validation, labelled.labels[split.validation]
     logits = predict(network, loaded.images, rows).numpy().astype(np.float64)
     temperature = fit_temperature(logits, labels)
     scores = np.round(1 / (1 + np.exp(-logits / temperature)), 6)
-    threshold = choose_threshold(options.threshold, scores, labels)
-    curve = OperatingCurve.from_scores(labels, scores, split.clusters[rows])
+    more = np.array([])
+    if start.fine_tuning:
+        known = split.train[labelled.labels[split.train]]
+        trained = predict(network, loaded.images, known).numpy().astype(np.float64)
+        more = np.round(1 / (1 + np.exp(-trained / temperature)), 6)
+    curve = OperatingCurve.from_scores(labels, scores, split.clusters[rows], more)
+    if more.size and options.threshold.kind == "recall":
+        threshold = curve.threshold(options.threshold)
+    else:
+        threshold = choose_threshold(options.threshold, scores, labels)
     evaluation = evaluate(labels, scores, split.clusters[rows], threshold, seed=options.seed)
     log.info(
         "Best epoch %d. Temperature %.2f. Threshold %g for %s; on the validation part recall %s, "

@@ -40,7 +40,8 @@ class OperatingCurve:
     positives, negatives : tuple of float
         Evenly spaced quantiles of the validation scores of good and bad particles, rising, from
         the lowest score to the highest. Up to `MAX_QUANTILES` scores are kept as they are, and
-        the curve is exact; between the quantiles of more scores it is interpolated.
+        the curve is exact; between the quantiles of more scores it is interpolated. A fine-tuned
+        model's good training particles are among the positives.
     n_positive, n_negative, n_groups : int
         Numbers of good and bad particles and of micrographs behind the curve.
 
@@ -69,11 +70,27 @@ class OperatingCurve:
                 )
 
     @classmethod
-    def from_scores(cls, labels: ArrayLike, scores: ArrayLike, groups: ArrayLike) -> OperatingCurve:
-        """Make the curve of a validation set: labels, scores and micrographs, (n,) each."""
+    def from_scores(
+        cls,
+        labels: ArrayLike,
+        scores: ArrayLike,
+        groups: ArrayLike,
+        more_positives: ArrayLike = (),
+    ) -> OperatingCurve:
+        """Make the curve of a validation set.
+
+        Parameters
+        ----------
+        labels, scores, groups
+            (n,) each: True for good, score, number of the micrograph.
+        more_positives
+            Scores of further good particles, which make the recall less of a guess; they don't
+            count in `n_positive`.
+        """
         values, good = checked(scores).astype(np.float64), np.asarray(labels, dtype=bool)
+        further = np.asarray(more_positives, dtype=np.float64)
         return cls(
-            positives=_quantiles(values[good]),
+            positives=_quantiles(np.concatenate([values[good], further]), int(good.sum())),
             negatives=_quantiles(values[~good]),
             n_positive=int(good.sum()),
             n_negative=int((~good).sum()),
@@ -140,10 +157,10 @@ class OperatingCurve:
         )
 
 
-def _quantiles(values: Floats) -> tuple[float, ...]:
-    if not values.size:
+def _quantiles(values: Floats, most: int = MAX_QUANTILES) -> tuple[float, ...]:
+    if not values.size or not most:
         return ()
-    spaced = np.linspace(0, 1, min(values.size, MAX_QUANTILES))
+    spaced = np.linspace(0, 1, min(values.size, most, MAX_QUANTILES))
     return tuple(np.round(np.quantile(values, spaced), DECIMALS).tolist())
 
 
