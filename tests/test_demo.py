@@ -18,20 +18,25 @@ def demo(folder):
     return subprocess.run([*COMMAND, "demo", folder], capture_output=True, text=True, cwd=ROOT)
 
 
-def test_the_demo_scores_a_project_and_says_where_the_results_are(tmp_path):
+def test_the_demo_filters_a_project_before_and_after_a_training(tmp_path):
     for said in ("Simulating a RELION project", "holds the simulated project already"):
         done = demo(tmp_path / "demo")
         assert done.returncode == 0, done.stderr
         assert said in done.stdout
-        folder = tmp_path / "demo" / "External/job002"
+        found = re.findall(r": ([\d,]+) accepted \(.*?\), ([\d,]+) rejected", done.stdout)
+        assert len(found) == 2
+        for job, counts in zip(("job002", "job004"), found):
+            folder = tmp_path / "demo/External" / job
+            for name, count in zip(("accepted", "rejected"), counts):
+                rows = len(read_particles(folder / f"particles_{name}.star"))
+                assert rows == int(count.replace(",", ""))
         assert str(folder) in done.stdout
-        counts = re.search(r": ([\d,]+) accepted \(.*?\), ([\d,]+) rejected", done.stdout)
-        for name, count in zip(("accepted", "rejected"), counts.groups()):
-            assert len(read_particles(folder / f"particles_{name}.star")) == int(count)
-        kept = {k: int(a) / int(b) for k, a, b in
-                re.findall(r"  (\w+) +(\d+) of +(\d+)", done.stdout)}  # fmt: skip
-        assert kept["particle"] > 0.8
-        assert kept["empty"] < 0.6
+        table = re.findall(r"^  (\w+) +(\d+) +(\d+) +(\d+)$", done.stdout, re.MULTILINE)
+        kept = {kind: [int(n) / int(total) for n in accepted] for kind, total, *accepted in table}
+        assert kept["particle"][0] > 0.9
+        assert kept["particle"][1] > 0.85
+        assert kept["empty"][1] < 0.25
+        assert kept["aggregate"][1] < 0.5
 
 
 def test_the_demo_does_not_touch_a_folder_of_something_else(tmp_path):
