@@ -29,7 +29,7 @@ from relion_cryofilter.data.simulate import random_molecule, simulate_images
 from relion_cryofilter.nn.checkpoint import load_model
 from relion_cryofilter.nn.network import Network
 from relion_cryofilter.nn.preprocess import FourierCrop
-from relion_cryofilter.nn.training import noise_images
+from relion_cryofilter.nn.small_images import noise_images
 
 SETS = ((0.05, 96, 0.5), (0.02, 80, 0.4), (0.1, 72, 0.35))  # SNR, box in px, diameter / box
 N_IMAGES = 1260

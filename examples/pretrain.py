@@ -24,11 +24,12 @@ import relion_cryofilter
 from relion_cryofilter.commands.models import BUNDLED_MODEL, CURVE
 from relion_cryofilter.data.labelled import Split
 from relion_cryofilter.data.simulate import degrade, molecule_of_map, simulate_varied
+from relion_cryofilter.nn.calibration import fit_temperature
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.networks import build_network
 from relion_cryofilter.nn.preprocess import FourierCrop
-from relion_cryofilter.nn.training import Settings, Trainer, fit_temperature, predict
+from relion_cryofilter.nn.training import Settings, Trainer, predict
 from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.results.operating_curve import OperatingCurve

@@ -22,11 +22,12 @@ from test_labels import make_select_job
 from relion_cryofilter.data.labelled import split_by_micrograph
 from relion_cryofilter.data.particles import particles_of_stacks, read_particles
 from relion_cryofilter.errors import Aborted
+from relion_cryofilter.nn.calibration import fit_temperature
 from relion_cryofilter.nn.checkpoint import load_model
 from relion_cryofilter.nn.networks import build_network
-from relion_cryofilter.nn.preprocess import BlurResize, d4_views
+from relion_cryofilter.nn.preprocess import BlurResize, d4_views, turn
 from relion_cryofilter.nn.small_images import load_small_images
-from relion_cryofilter.nn.training import Settings, Trainer, fit_temperature, turn
+from relion_cryofilter.nn.training import Settings, Trainer
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion import job
 

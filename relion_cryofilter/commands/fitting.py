@@ -20,17 +20,16 @@ import relion_cryofilter
 from relion_cryofilter.commands.models import CURVE, ESTIMATE
 from relion_cryofilter.data.labelled import LabelledSet, Split, seen_units, short_hash
 from relion_cryofilter.files import write_text
+from relion_cryofilter.nn.calibration import fit_temperature
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.network import Network
 from relion_cryofilter.nn.preprocess import Preprocess
-from relion_cryofilter.nn.small_images import Loaded
+from relion_cryofilter.nn.small_images import Loaded, noise_images
 from relion_cryofilter.nn.training import (
     Epoch,
     Settings,
     Trainer,
-    fit_temperature,
-    noise_images,
     predict,
 )
 from relion_cryofilter.option_kinds import gpu_numbers

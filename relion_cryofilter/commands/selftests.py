@@ -10,8 +10,7 @@ import torch
 
 from relion_cryofilter.data.labelled import LabelledSet, Split
 from relion_cryofilter.nn.checkpoint import Model
-from relion_cryofilter.nn.small_images import Loaded
-from relion_cryofilter.nn.training import noise_images
+from relion_cryofilter.nn.small_images import Loaded, noise_images
 from relion_cryofilter.results.selftests import (
     SelfTest,
     copies_test,

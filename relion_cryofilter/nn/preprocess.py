@@ -174,6 +174,15 @@ def d4_views(x: Tensor) -> Iterator[Tensor]:
             yield torch.rot90(flipped, quarter_turns, (-2, -1))
 
 
+def turn(images: Tensor, views: Tensor) -> Tensor:
+    """Return images (n, c, d, d), each in the one of its eight D4 views that `views` (n,) names."""
+    turned = torch.empty_like(images)
+    for number, view in enumerate(d4_views(images)):
+        chosen = views == number
+        turned[chosen] = view[chosen]
+    return turned
+
+
 def roberts_cross(small: Tensor) -> Tensor:
     """Return the Roberts cross (n, d, d) of images (n, d, d), as ``skimage.filters.roberts``.
 

@@ -106,6 +106,12 @@ def load_small_images(
     return Loaded(images, statistics, contrast, boxes, bad)
 
 
+def noise_images(box_px: int, n: int, seed: int = 0) -> torch.Tensor:
+    """Return (n, box, box) images of white noise, which no filter should accept."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((n, box_px, box_px), generator=generator)
+
+
 def _fitting_type(shape: Sequence[int], max_bytes: float) -> torch.dtype | None:
     values = float(np.prod(shape))
     if 4 * values <= max_bytes:

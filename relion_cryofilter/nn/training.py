@@ -25,13 +25,12 @@ from relion_cryofilter.data.labelled import Split
 from relion_cryofilter.files import replacing
 from relion_cryofilter.nn.devices import CPU
 from relion_cryofilter.nn.network import Network
-from relion_cryofilter.nn.preprocess import d4_views
+from relion_cryofilter.nn.preprocess import turn
 from relion_cryofilter.nn.small_images import SmallImages
 from relion_cryofilter.progress import Progress
 
 CHUNK = 8192
 FINAL_RATE = 0.05
-TEMPERATURES = np.geomspace(0.2, 5.0, 241)
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -285,15 +284,6 @@ class Trainer:
         log.info("Going on from %s after epoch %d%s.", self.checkpoint, len(self.history), done)
 
 
-def turn(images: Tensor, views: Tensor) -> Tensor:
-    """Return images (n, c, d, d), each in the one of its eight D4 views that `views` (n,) names."""
-    turned = torch.empty_like(images)
-    for number, view in enumerate(d4_views(images)):
-        chosen = views == number
-        turned[chosen] = view[chosen]
-    return turned
-
-
 def predict(network: Network, images: SmallImages, rows: np.ndarray) -> Tensor:
     """Return the logits (len(rows),) of small images, on the processor."""
     logits = []
@@ -304,23 +294,6 @@ def predict(network: Network, images: SmallImages, rows: np.ndarray) -> Tensor:
                 batch = batch.to(network.device).contiguous(memory_format=torch.channels_last)
                 logits.append(network(batch).cpu())
     return torch.cat(logits)
-
-
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the temperature that makes sigmoid(logit / temperature) most likely.
-
-    Guo et al., "On calibration of modern neural networks", ICML 2017. Searched from 0.2 to 5, so
-    that a small or perfectly separated validation set does not drive it to an extreme.
-    """
-    signed = np.where(labels, logits, -logits)[:, None]
-    losses = np.logaddexp(0, -signed / TEMPERATURES).mean(axis=0)
-    return float(TEMPERATURES[int(losses.argmin())])
-
-
-def noise_images(box_px: int, n: int, seed: int = 0) -> Tensor:
-    """Return (n, box, box) images of white noise, which no filter should accept."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((n, box_px, box_px), generator=generator)
 
 
 def _rate(settings: Settings, number: int) -> float:
