@@ -140,10 +140,7 @@ class TrainOptions(JobOptions, LabelOptions):
     batch_size: int | None = option(
         "Images a step. Default: 32 from a model, 64 from scratch.", "integer", low=1
     )
-    learning_rate: float | None = option(
-        "At the start; it falls. Default: 0.002 from a model, 0.001 from scratch.",
-        "number", low=1e-8, high=1.0,
-    )  # fmt: skip
+    learning_rate: float = option("At the start; it falls.", "number", 1e-3, low=1e-8, high=1.0)
     augmentation: bool = option("Show images flipped and rotated too.", "flag", True)
     ensemble: int = option(
         "Models to train, each with another part of the micrographs for validation; their scores "

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--j", type=int, default=os.cpu_count())
-    parser.add_argument("--only", help="Only the models whose names hold this.")
+    parser.add_argument("--only", help="Only the models whose names hold this; null: the nulls.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.md"))
     options = parser.parse_args()
     sets = list(all_sets(options.real, options.maps, options.work))
@@ -42,10 +42,10 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.j) as pool:
         nulls = [
             pool.apply_async(do_null, (data, kind, seed, options.work))
-            for seed in range(options.seeds)
+            for kind, count in NULLS.items()
+            for seed in range(count)
             for data in sets
-            for kind in NULLS
-            if not options.only
+            if options.only in (None, "null")
         ]
         waiting = [pool.apply_async(do, job) for job in jobs]
         for number, (job, done) in enumerate(zip(jobs, waiting), 1):

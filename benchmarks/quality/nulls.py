@@ -20,7 +20,9 @@ from relion_cryofilter.nn.checkpoint import load_model
 from relion_cryofilter.options import TrainOptions
 
 PERMUTED, MASKED, INVERTED = "permuted", "masked", "inverted"
-NULLS = (PERMUTED, MASKED, INVERTED)
+NULLS = {PERMUTED: 3, MASKED: 1, INVERTED: 1}
+"""How often each is tried, with different seeds."""
+
 MASK_RADIUS = 0.4
 """In units of the box: the particle and what is near it."""
 

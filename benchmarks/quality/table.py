@@ -239,8 +239,8 @@ def _nulls(results: Sequence[Results]) -> str:
     lines = []
     for result in results:
         cells = []
-        for kind in NULLS:
-            paths = [result.folder / f"null_{kind}-{seed}.json" for seed in range(result.seeds)]
+        for kind, count in NULLS.items():
+            paths = [result.folder / f"null_{kind}-{seed}.json" for seed in range(count)]
             found = [json.loads(path.read_text()) for path in paths if path.exists()]
             aucs = [f"{one['auc']:.3f}" for one in found if "auc" in one]
             refused = sum("refused" in one for one in found)

@@ -8,7 +8,7 @@ import io
 import json
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +41,8 @@ from relion_cryofilter.results.operating_curve import OperatingCurve
 from relion_cryofilter.results.thresholds import choose_threshold
 
 MODEL, HISTORY, CHECKPOINT = "model.safetensors", "history.csv", "checkpoint_last.pt"
-FROM_SCRATCH = {"epochs": 30, "batch_size": 64, "learning_rate": 1e-3}
-FROM_MODEL = {"epochs": 12, "batch_size": 32, "learning_rate": 2e-3}
+FROM_SCRATCH = {"epochs": 30, "batch_size": 64}
+FROM_MODEL = {"epochs": 12, "batch_size": 32}
 NOISE_SHARE, NOISE_POOL, NOISE_SEED = 0.05, 512, 10_000
 HARDLY_FILTERS = 0.8
 
@@ -115,13 +115,17 @@ def fit(
 
 def settings_of(options: TrainOptions, fine_tuning: bool) -> Settings:
     """Return how to train."""
-    usual: Mapping[str, Any] = FROM_MODEL if fine_tuning else FROM_SCRATCH
-    asked = {name: getattr(options, name) for name in usual}
-    chosen = {name: usual[name] if asked[name] is None else asked[name] for name in usual}
+    usual = FROM_MODEL if fine_tuning else FROM_SCRATCH
     return Settings(
-        **chosen, patience=options.patience, augmentation=options.augmentation, seed=options.seed,
-        noise_share=NOISE_SHARE if fine_tuning else 0.0, fine_tuning=fine_tuning,
-    )  # fmt: skip
+        epochs=options.epochs or usual["epochs"],
+        patience=options.patience,
+        batch_size=options.batch_size or usual["batch_size"],
+        learning_rate=options.learning_rate,
+        augmentation=options.augmentation,
+        seed=options.seed,
+        noise_share=NOISE_SHARE if fine_tuning else 0.0,
+        fine_tuning=fine_tuning,
+    )
 
 
 def _numbered(name: str, number: int) -> str:
