@@ -6,7 +6,8 @@ FOLDER holds the simulated small images of examples/pretrain.py (or gets them). 
 sees the same micrographs, for the same number of epochs, with the same rate; one micrograph of
 ten is kept for the figure. Those that are not D4-equivariant are trained on flips and quarter
 turns. Speed is that of the network alone, float32, channels last, batch norms folded, one thread,
-micro-batches of 32, the best of five.
+micro-batches of 32, the best of five; with --epochs 0 nothing but speed is measured, for a
+machine that was busy in training.
 """
 
 import argparse
@@ -122,9 +123,22 @@ def speed(network: Network) -> float:
     return best
 
 
+def _folded_speed(network: Network) -> float:
+    network.eval()
+    for module in network.modules():
+        if isinstance(module, ConvNorm):
+            module.fold()
+    network.to(memory_format=torch.channels_last)
+    return speed(network)
+
+
 def judge(network: Network, images: Stored, labels: np.ndarray, split: Split, epochs: int) -> str:
     """Train one candidate; return the cells of its line."""
     equivariant = isinstance(network, D4)
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    if not epochs:
+        rate = _folded_speed(network)
+        return f"{weights:,} | – | – | {rate:,.0f} | {rate if equivariant else rate / 8:,.0f} | –"
     settings = Settings(
         epochs=epochs, patience=epochs, learning_rate=3e-3, augmentation=not equivariant, seed=1
     )
@@ -142,12 +156,7 @@ def judge(network: Network, images: Stored, labels: np.ndarray, split: Split, ep
     for number in range(8):
         turned = Stored(list(d4_views(images.images[rows].float()))[number].numpy())
         total += torch.sigmoid(predict(network, turned, np.arange(len(rows))))
-    for module in network.modules():
-        if isinstance(module, ConvNorm):
-            module.fold()
-    network.to(memory_format=torch.channels_last)
-    rate = speed(network)
-    weights = sum(parameter.numel() for parameter in network.parameters())
+    rate = _folded_speed(network)
     tta = roc_auc_score(truth, total)
     return (
         f"{weights:,} | {single:.4f} | {tta:.4f} | {rate:,.0f} | "
@@ -164,7 +173,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/network_choice.md"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    small, labels, groups = stored(options.work, options.micrographs)
+    small, labels, groups = stored(options.work, options.micrographs if options.epochs else 10)
     test = np.flatnonzero(groups % 10 == 0)
     split = Split(np.flatnonzero(groups % 10 != 0), test, test, "micrograph", groups, "micrograph")
     lines = []
@@ -173,6 +182,8 @@ def main() -> None:
         cells = judge(build(), Stored(small), labels, split, options.epochs)
         lines.append(f"| {name} | {cells} |")
         print(lines[-1], flush=True)
+    if not options.epochs:
+        return
     text = (__doc__ or "").partition("\n\n    python")[0] + "\n\n"
     text = "# " + text + (__doc__ or "").partition("[--out FILE]\n\n")[2]
     text += f"\n{len(labels):,} images of {options.micrographs} micrographs, {options.epochs} "
@@ -184,7 +195,7 @@ def main() -> None:
 
 def stored(work: Path, micrographs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return small images, labels and micrograph numbers of the first micrographs."""
-    parts = [np.load(path) for path in sorted(work.glob("*.npz"))]
+    parts = [np.load(path) for path in sorted(work.glob("1_*.npz"))]
     if not parts:
         made = simulate_varied(1, range(micrographs))
         small = FourierCrop(48)(torch.from_numpy(made.images)).half().numpy()

@@ -172,7 +172,7 @@ def _auc_cell(result: Results, paths: Sequence[Path]) -> str:
 
 def _all_labels(results: Sequence[Results], metric: str) -> str:
     lines = [
-        [model, *(f"{r.mean(r.runs(model, None), r.metric(metric)):.3f}" for r in results)]
+        [model, *(_number(r.mean(r.runs(model, None), r.metric(metric)), 3) for r in results)]
         for model in MODELS
     ]
     return _table(["model", *(result.data.name for result in results)], lines)
@@ -194,7 +194,7 @@ def _seconds(results: Sequence[Results]) -> str:
     lines = []
     for model in MODELS:
         for labels in LABELS:
-            cells = [f"{r.mean(r.runs(model, labels), r.fact('seconds')):.0f}" for r in results]
+            cells = [_number(r.mean(r.runs(model, labels), r.fact("seconds")), 0) for r in results]
             lines.append([model, _column(labels), *cells])
     return _table(["model", "labels", *(result.data.name for result in results)], lines)
 
@@ -285,6 +285,10 @@ def _overall(results: Sequence[Results]) -> list[list[str]]:
         ["pure noise accepted by the default: worst of "
          f"{len(noise)} runs", f"{max(noise):.1%}", "1 % or less"],
     ]  # fmt: skip
+
+
+def _number(value: float, decimals: int) -> str:
+    return "not run" if np.isnan(value) else f"{value:.{decimals}f}"
 
 
 def _spread(values: tuple[float, float, float]) -> str:
