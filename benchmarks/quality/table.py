@@ -14,12 +14,12 @@ from linear import LINEAR
 from nulls import NULLS
 from runs import FINE_TUNED, LABELS, NO_LABELS, ROBERTS, SCRATCH, STRAIGHT, Run
 from runs import LABEL_NOISE as USUAL_NOISE
-from scipy.special import ndtr, stdtrit
 from sets import LabelledImages
 
 import relion_cryofilter
 from relion_cryofilter.commands.models import BUNDLED_MODEL
 from relion_cryofilter.nn.checkpoint import load_model
+from relion_cryofilter.results.bootstrap import expanded_tail
 from relion_cryofilter.results.metrics import evaluate
 
 MODELS = (ROBERTS, STRAIGHT, *LINEAR, SCRATCH, FINE_TUNED)
@@ -41,8 +41,7 @@ class Results:
         n = len(names)
         draws = rng.multinomial(n, np.full(n, 1 / n), size=DRAWS).T
         self.draws = np.concatenate([np.ones((n, 1), int), draws], axis=1)
-        # Percentiles are expanded for few micrographs, as in results/bootstrap.py.
-        self.tail = float(ndtr(np.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.025)))
+        self.tail = expanded_tail(n)
 
     def runs(self, model: str, labels: int | None, noise: float | None = None) -> list[Path]:
         """Return the result files of all seeds, [] unless all are there."""

@@ -33,19 +33,19 @@ def check_contrast(particles: ParticleSet, preprocess: Preprocess, threads: int)
     CryoFilterError
         The centres of the images are darker than what surrounds them.
     """
-    headers, bad = check_stacks(particles)
-    usable = np.setdiff1d(np.arange(len(particles)), bad.rows, assume_unique=True)
-    count = min(PROBED, len(usable))
-    rows = usable[np.linspace(0, len(usable) - 1, count).astype(np.int64)] if count else usable
-    values = np.full((len(rows), len(SCALES)), np.nan)
+    probed = np.unique(np.linspace(0, len(particles) - 1, PROBED).astype(np.int64))
+    sample = particles.take(probed)
+    headers, bad = check_stacks(sample)
+    rows = np.setdiff1d(np.arange(len(sample)), bad.rows, assume_unique=True)
+    values = np.full((len(sample), len(SCALES)), np.nan)
 
     def measure(images: torch.Tensor) -> np.ndarray:
         with torch.inference_mode():
             return centre_contrast(preprocess(images.float())).double().numpy()
 
-    for batch_rows, contrast in map_batches(measure, particles, rows, headers, threads=threads):
-        values[np.searchsorted(rows, batch_rows)] = contrast
-    refuse_dark(values, clusters_of(particles.take(rows))[0], particles.source)
+    for batch_rows, contrast in map_batches(measure, sample, rows, headers, threads=threads):
+        values[batch_rows] = contrast
+    refuse_dark(values, clusters_of(sample)[0], particles.source)
 
 
 def refuse_dark(contrast: np.ndarray, clusters: np.ndarray, source: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
-from relion_cryofilter.data.particles import read_particles
+from relion_cryofilter.data.particles import ParticleSet, read_particles
 from relion_cryofilter.data.simulate import PARTICLE, simulate_project
 from relion_cryofilter.data.star_writing import write_subsets
 from relion_cryofilter.errors import CryoFilterError, UsageError
@@ -43,12 +43,13 @@ def demo(
     """
     project = options.folder
     _make_project(project)
-    kinds, labelled = _truth(project)
+    particles = read_particles(project / PARTICLES)
+    kinds, labelled = _truth(project, particles)
     threads = ["--j", str(options.j)] if options.j else []
     log.info("\n1. Score with the bundled model.")
     _run_job(["score", "--o", SCORE, "--in_parts", PARTICLES, *threads], project)
     log.info("\n2. Train on labels of %d of the %d micrographs.", LABELLED, MICROGRAPHS)
-    _write_labels(project, kinds, labelled)
+    _write_labels(project, particles, kinds, labelled)
     words = ["train", "--o", TRAIN, "--pos", GOOD, "--neg", BAD, *threads]
     _run_job([*words, "--quiet"], project)
     log.info("\n3. Score with the trained model.")
@@ -57,7 +58,7 @@ def demo(
         ["score", "--o", SCORE_AGAIN, "--in_parts", PARTICLES, "--weights", model, *threads],
         project,
     )
-    _compare(project, kinds, labelled)
+    _compare(project, particles, kinds, labelled)
     return ()
 
 
@@ -89,18 +90,18 @@ def _run_job(words: list[str], project: Path) -> None:
         raise CryoFilterError("The demo job failed; see the lines above.")
 
 
-def _truth(project: Path) -> tuple[np.ndarray, np.ndarray]:
+def _truth(project: Path, particles: ParticleSet) -> tuple[np.ndarray, np.ndarray]:
     """Return the kind of each row of particles.star and whether its micrograph is labelled."""
     with (project / "truth.csv").open() as file:
         kind_of = {row["image"]: row["kind"] for row in csv.DictReader(file)}
-    particles = read_particles(project / PARTICLES)
     kinds = np.array([kind_of[particles.image_name(row)] for row in range(len(particles))])
     first = sorted(particles.micrographs)[:LABELLED]
     return kinds, np.isin(np.array(particles.micrographs)[particles.micrograph_of], first)
 
 
-def _write_labels(project: Path, kinds: np.ndarray, labelled: np.ndarray) -> None:
-    particles = read_particles(project / PARTICLES)
+def _write_labels(
+    project: Path, particles: ParticleSet, kinds: np.ndarray, labelled: np.ndarray
+) -> None:
     good = kinds == PARTICLE
     (project / GOOD).parent.mkdir(exist_ok=True)
     masks = {project / GOOD: labelled & good, project / BAD: labelled & ~good}
@@ -108,14 +109,15 @@ def _write_labels(project: Path, kinds: np.ndarray, labelled: np.ndarray) -> Non
         write_subsets(particles.star, particles.loop, masks)
 
 
-def _compare(project: Path, kinds: np.ndarray, labelled: np.ndarray) -> None:
-    names = read_particles(project / PARTICLES)
-    row_of = {names.image_name(row): row for row in range(len(names))}
+def _compare(
+    project: Path, particles: ParticleSet, kinds: np.ndarray, labelled: np.ndarray
+) -> None:
+    row_of = {particles.image_name(row): row for row in range(len(particles))}
     kept = []
     for job in (SCORE, SCORE_AGAIN):
         accepted = project / job / "particles_accepted.star"
-        particles = read_particles(accepted) if accepted.is_file() else None
-        rows = [row_of[particles.image_name(n)] for n in range(len(particles))] if particles else []
+        best = read_particles(accepted) if accepted.is_file() else None
+        rows = [row_of[best.image_name(n)] for n in range(len(best))] if best else []
         kept.append(Counter(kinds[row] for row in rows if not labelled[row]))
     log.info(
         "\nAccepted on the %d micrographs without labels, against the truth of the simulation:\n"

@@ -95,17 +95,19 @@ def fit(
     """
     torch.manual_seed(options.seed + number - 1)
     network = copy.deepcopy(start.network)
-    box = int(np.median(loaded.boxes_px[split.train]))
-    noise = start.preprocess(noise_images(box, NOISE_POOL, options.seed + NOISE_SEED))
+    settings, noise = settings_of(options, start.fine_tuning), None
+    if settings.noise_share:
+        box = int(np.median(loaded.boxes_px[split.train]))
+        noise = start.preprocess(noise_images(box, NOISE_POOL, options.seed + NOISE_SEED))
     trainer = Trainer(
-        network, loaded.images, labelled.labels, split, settings_of(options, start.fine_tuning),
+        network, loaded.images, labelled.labels, split, settings,
         folder / _numbered(CHECKPOINT, number), _identity(labelled, start, split, loaded),
         choose_devices(gpu_numbers(options.gpu))[0], noise,
     )  # fmt: skip
     history_path = (options.history_dir or folder) / _numbered(HISTORY, number)
     history = trainer.run(progress, lambda epochs: _write_history(history_path, epochs))
     save_history(history_path.with_suffix(".png"), [asdict(epoch) for epoch in history])
-    model = _calibrated(network, start, loaded, labelled, split, options, trainer.best_number)
+    model = _calibrated(trainer, start, loaded, labelled, options)
     target = (options.weight_dir or folder) / model_name(number)
     target.parent.mkdir(parents=True, exist_ok=True)
     model.save(target)
@@ -163,19 +165,18 @@ def _write_history(path: Path, history: Sequence[Epoch]) -> None:
 
 
 def _calibrated(
-    network: Network,
+    trainer: Trainer,
     start: Start,
     loaded: Loaded,
     labelled: LabelledSet,
-    split: Split,
     options: TrainOptions,
-    best: int,
 ) -> Model:
-    """Return the model with temperature and threshold from the validation part.
+    """Return the trainer's model with temperature and threshold from the validation part.
 
     A threshold for a recall is the quantile of few scores, so fine-tuning, which hardly fits the
     training part, takes that part's good particles in (benchmarks/results/quality.md).
     """
+    network, split, best = trainer.network, trainer.split, trainer.best_number
     rows, labels = split.validation, labelled.labels[split.validation]
     logits = predict(network, loaded.images, rows).numpy().astype(np.float64)
     temperature = fit_temperature(logits, labels)
@@ -215,7 +216,7 @@ def _calibrated(
         "n_bad": int((~labelled.labels).sum()),
         "split": {"unit": split.unit, "train_fraction": options.split, "seed": options.seed,
                   **{name: len(part) for name, part in split.parts.items()}},
-        "settings": asdict(settings_of(options, start.fine_tuning)),
+        "settings": asdict(trainer.settings),
         "fine_tuned_from": start.origin or None,
         "best_epoch": best,
         ESTIMATE: {

@@ -87,20 +87,21 @@ class BadImages:
 
 
 def check_stacks(particles: ParticleSet) -> tuple[list[StackHeader | None], BadImages]:
-    """Read the header of every stack and find the rows whose image isn't there.
+    """Read the headers of the stacks that rows are in; find rows whose image isn't there.
 
     Returns
     -------
     headers
-        One for each of `particles.stacks`; None where it can't be read.
+        One for each of `particles.stacks`; None where it can't be read, or no row needs it.
     bad
         The rows of missing or unreadable stacks, and those past the end of their stack.
     """
     headers: list[StackHeader | None] = []
     problems: list[str] = []
-    for path in particles.stacks:
+    needed = np.bincount(particles.stack_of, minlength=len(particles.stacks)) > 0
+    for path, wanted in zip(particles.stacks, needed.tolist()):
         try:
-            headers.append(read_header(path))
+            headers.append(read_header(path) if wanted else None)
             problems.append("")
         except ImageError as error:
             headers.append(None)

@@ -104,7 +104,7 @@ class Trainer:
     device
         Where to train.
     noise
-        (m, c, d, d) small images of pure noise to draw from, if the settings want any.
+        (m, c, d, d) small images of pure noise to draw `Settings.noise_share` from; None for none.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Trainer:
         device: torch.device = CPU,
         noise: Tensor | None = None,
     ) -> None:
-        self.noise = noise if settings.noise_share else None
+        self.noise = noise
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.images, self.split, self.settings = images, split, settings
         self.device = device

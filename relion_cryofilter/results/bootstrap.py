@@ -182,7 +182,7 @@ def intervals(values: Floats, drawn: list[Floats], n_groups: int) -> list[Interv
     n_groups
         Number of micrographs; with few, the percentiles are expanded.
     """
-    tail = _tail(n_groups) if drawn else nan
+    tail = expanded_tail(n_groups) if drawn else nan
     columns = np.array(drawn).T if drawn else np.empty((len(values), 0))
     found = []
     for value, column in zip(values.tolist(), columns):
@@ -193,7 +193,7 @@ def intervals(values: Floats, drawn: list[Floats], n_groups: int) -> list[Interv
     return found
 
 
-def _tail(n_groups: int) -> float:
+def expanded_tail(n_groups: int) -> float:
     """Return the share of resamples below a 95 % interval: 0.025 of many groups, less of few."""
     quantile = stdtrit(n_groups - 1, OUTSIDE_INTERVAL / 2)
     return float(ndtr(quantile * np.sqrt(n_groups / (n_groups - 1))))
