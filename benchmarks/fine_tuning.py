@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from quality.sets import wrong_labels
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold
 from torch import Tensor
@@ -50,16 +51,6 @@ VARIANTS: dict[str, dict[str, float | bool]] = {
     "synthetic negatives (shifts, overlaps)": {"synthetic": 0.25},
     "ensemble of three": {"ensemble": 3},
 }
-
-
-def wrong_labels(truth: np.ndarray, kinds: np.ndarray, share: float, seed: int) -> np.ndarray:
-    """Return labels (n,), wrong as those from classes are."""
-    rng, labels = np.random.default_rng([seed, 77]), truth.copy()
-    alike = np.flatnonzero(np.isin(kinds, ("aggregate", "broken", "off_centre")))
-    labels[rng.choice(alike, round(share * len(alike)), replace=False)] = True
-    good = np.flatnonzero(truth)
-    labels[rng.choice(good, round(share * len(good)), replace=False)] = False
-    return labels
 
 
 def logits_of(network: Network, images: Tensor) -> np.ndarray:

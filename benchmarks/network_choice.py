@@ -28,6 +28,7 @@ from relion_cryofilter.data.simulate import simulate_varied
 from relion_cryofilter.nn.equivariant import D4
 from relion_cryofilter.nn.network import Network
 from relion_cryofilter.nn.preprocess import FourierCrop, d4_views
+from relion_cryofilter.nn.small_images import InMemory
 from relion_cryofilter.nn.training import Settings, Trainer, predict
 from relion_cryofilter.progress import Progress
 
@@ -97,19 +98,6 @@ CANDIDATES = {
 }
 
 
-class Stored:
-    """Small images kept as float16."""
-
-    where, precision = "in memory", "float16"
-
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = torch.from_numpy(images)
-
-    def get(self, rows: np.ndarray) -> Tensor:
-        """Return (len(rows), 1, dim, dim) float32."""
-        return self.images[torch.from_numpy(rows)].float()
-
-
 def speed(network: Network) -> float:
     """Return images per second of one thread."""
     x = torch.randn(32, 1, 48, 48).contiguous(memory_format=torch.channels_last)
@@ -132,16 +120,14 @@ def _folded_speed(network: Network) -> float:
     return speed(network)
 
 
-def judge(network: Network, images: Stored, labels: np.ndarray, split: Split, epochs: int) -> str:
+def judge(network: Network, images: InMemory, labels: np.ndarray, split: Split, epochs: int) -> str:
     """Train one candidate; return the cells of its line."""
-    equivariant = isinstance(network, D4)
+    equivariant = network.equivariant
     weights = sum(parameter.numel() for parameter in network.parameters())
     if not epochs:
         rate = _folded_speed(network)
         return f"{weights:,} | – | – | {rate:,.0f} | {rate if equivariant else rate / 8:,.0f} | –"
-    settings = Settings(
-        epochs=epochs, patience=epochs, learning_rate=3e-3, augmentation=not equivariant, seed=1
-    )
+    settings = Settings(epochs=epochs, patience=epochs, learning_rate=3e-3, seed=1)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -153,9 +139,8 @@ def judge(network: Network, images: Stored, labels: np.ndarray, split: Split, ep
     rows, truth = split.validation, labels[split.validation]
     single = roc_auc_score(truth, predict(network, images, rows))
     total = torch.zeros(len(rows))
-    for number in range(8):
-        turned = Stored(list(d4_views(images.images[rows].float()))[number].numpy())
-        total += torch.sigmoid(predict(network, turned, np.arange(len(rows))))
+    for view in d4_views(images.get(rows)):
+        total += torch.sigmoid(predict(network, InMemory(view), np.arange(len(rows))))
     rate = _folded_speed(network)
     tta = roc_auc_score(truth, total)
     return (
@@ -179,7 +164,7 @@ def main() -> None:
     lines = []
     for name, build in CANDIDATES.items():
         torch.manual_seed(1)
-        cells = judge(build(), Stored(small), labels, split, options.epochs)
+        cells = judge(build(), InMemory(torch.from_numpy(small)), labels, split, options.epochs)
         lines.append(f"| {name} | {cells} |")
         print(lines[-1], flush=True)
     if not options.epochs:

@@ -24,11 +24,12 @@ import relion_cryofilter
 from relion_cryofilter.commands.models import BUNDLED_MODEL, CURVE
 from relion_cryofilter.data.labelled import Split
 from relion_cryofilter.data.simulate import degrade, molecule_of_map, simulate_varied
-from relion_cryofilter.nn.calibration import fit_temperature
+from relion_cryofilter.nn.calibration import calibrated, fit_temperature
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.networks import build_network
 from relion_cryofilter.nn.preprocess import FourierCrop
+from relion_cryofilter.nn.small_images import InMemory
 from relion_cryofilter.nn.training import Settings, Trainer, predict
 from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.progress import Progress
@@ -44,19 +45,6 @@ NOISE_MICROGRAPHS, NOISE_PICKS = 400, 40
 
 HELD_OUT = ("1u6g", "4v4r_30S", "5gjv")
 """Maps that stay unseen, so that the benchmarks can test on them."""
-
-
-class Stored:
-    """Small images kept as float16."""
-
-    where = "in memory as float16"
-
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = torch.from_numpy(images)
-
-    def get(self, rows: np.ndarray) -> torch.Tensor:
-        """Return (len(rows), 1, dim, dim) float32."""
-        return self.images[torch.from_numpy(rows)].float()
 
 
 def make_chunk(job: tuple[int, range, int, list, Path]) -> None:
@@ -140,7 +128,7 @@ def main() -> None:
         augmentation=False, seed=options.seed,
     )  # fmt: skip
     trainer = Trainer(
-        network, Stored(data["small"]), labels, split, settings,
+        network, InMemory(torch.from_numpy(data["small"])), labels, split, settings,
         options.work / "checkpoint.pt", {"widths": list(options.widths), "n": len(labels)},
         choose_devices(gpu_numbers(options.gpu))[0],
     )  # fmt: skip
@@ -149,7 +137,7 @@ def main() -> None:
     logits = predict(network, trainer.images, validation).numpy().astype(np.float64)
     truth, kinds = labels[validation], data["kinds"][validation]
     temperature = fit_temperature(logits, truth)
-    scores = np.round(1 / (1 + np.exp(-logits / temperature)), 6)
+    scores = calibrated(logits, temperature)
     curve = OperatingCurve.from_scores(truth, scores, groups[validation])
     by_kind = {
         str(kind): round(float(roc_auc_score(truth[rows], scores[rows])), 3)

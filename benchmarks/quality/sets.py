@@ -72,18 +72,21 @@ class LabelledImages:
         return paths
 
     def noisy_labels(self, share: float, seed: int) -> np.ndarray:
-        """Return (n,) labels, wrong as those from classes are.
+        """Return (n,) labels; see `wrong_labels`."""
+        return wrong_labels(self.good, self.kinds, share, seed)
 
-        `share` of the junk that looks like particles (and falls into their classes) is called
-        good, and `share` of the particles bad. Other junk is found by any classification.
-        """
-        rng = np.random.default_rng([seed, 77])
-        labels = self.good.copy()
-        alike = np.flatnonzero(np.isin(self.kinds, LOOK_ALIKE))
-        labels[rng.choice(alike, round(share * len(alike)), replace=False)] = True
-        particles = np.flatnonzero(self.good)
-        labels[rng.choice(particles, round(share * len(particles)), replace=False)] = False
-        return labels
+
+def wrong_labels(good: np.ndarray, kinds: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """Return (n,) labels, wrong as those from classes are.
+
+    `share` of the junk that looks like particles (and falls into their classes) is called good,
+    and `share` of the particles bad. Other junk is found by any classification.
+    """
+    rng, labels = np.random.default_rng([seed, 77]), good.copy()
+    alike, particles = np.flatnonzero(np.isin(kinds, LOOK_ALIKE)), np.flatnonzero(good)
+    labels[rng.choice(alike, round(share * len(alike)), replace=False)] = True
+    labels[rng.choice(particles, round(share * len(particles)), replace=False)] = False
+    return labels
 
 
 def all_sets(real: Path | None, maps: Path, work: Path) -> Iterator[LabelledImages]:

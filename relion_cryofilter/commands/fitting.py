@@ -20,7 +20,7 @@ import relion_cryofilter
 from relion_cryofilter.commands.models import CURVE, ESTIMATE
 from relion_cryofilter.data.labelled import LabelledSet, Split, seen_units, short_hash
 from relion_cryofilter.files import write_text
-from relion_cryofilter.nn.calibration import fit_temperature
+from relion_cryofilter.nn.calibration import calibrated, fit_temperature
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.network import Network
@@ -180,12 +180,12 @@ def _calibrated(
     rows, labels = split.validation, labelled.labels[split.validation]
     logits = predict(network, loaded.images, rows).numpy().astype(np.float64)
     temperature = fit_temperature(logits, labels)
-    scores = np.round(1 / (1 + np.exp(-logits / temperature)), 6)
+    scores = calibrated(logits, temperature)
     more = np.array([])
     if start.fine_tuning:
         known = split.train[labelled.labels[split.train]]
         trained = predict(network, loaded.images, known).numpy().astype(np.float64)
-        more = np.round(1 / (1 + np.exp(-trained / temperature)), 6)
+        more = calibrated(trained, temperature)
     curve = OperatingCurve.from_scores(labels, scores, split.clusters[rows], more)
     if more.size and options.threshold.kind == "recall":
         threshold = curve.threshold(options.threshold)

@@ -16,3 +16,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     signed = np.where(labels, logits, -logits)[:, None]
     losses = np.logaddexp(0, -signed / TEMPERATURES).mean(axis=0)
     return float(TEMPERATURES[int(losses.argmin())])
+
+
+def calibrated(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Return sigmoid(logit / temperature), (n,), with the six decimals of a STAR file."""
+    return np.asarray(np.round(1 / (1 + np.exp(-logits / temperature)), 6))

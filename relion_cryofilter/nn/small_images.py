@@ -102,7 +102,7 @@ def load_small_images(
     if kept is None:
         images: SmallImages = _Streamed(particles, preprocess, headers, threads)
     else:
-        images = _InMemory(kept)
+        images = InMemory(kept)
     return Loaded(images, statistics, contrast, boxes, bad)
 
 
@@ -153,7 +153,9 @@ def _background(ny: int, nx: int) -> torch.Tensor:
     return x**2 + y**2 > (BACKGROUND_RADIUS * min(ny, nx) / 2) ** 2
 
 
-class _InMemory:
+class InMemory:
+    """Small images (n, c, dim, dim), float32 or float16."""
+
     def __init__(self, images: torch.Tensor) -> None:
         self._images = images
         megabytes = images.numel() * images.element_size() / 1e6
@@ -161,6 +163,7 @@ class _InMemory:
         self.where = f"{megabytes:,.0f} MB in memory as {self.precision}"
 
     def get(self, rows: np.ndarray) -> torch.Tensor:
+        """Return (len(rows), c, dim, dim) float32, in the order of `rows`."""
         return self._images[torch.from_numpy(rows)].float()
 
 
