@@ -33,7 +33,8 @@ def check_contrast(particles: ParticleSet, preprocess: Preprocess, threads: int)
     CryoFilterError
         The centres of the images are darker than what surrounds them.
     """
-    probed = np.unique(np.linspace(0, len(particles) - 1, PROBED).astype(np.int64))
+    count = min(PROBED, len(particles))
+    probed = np.linspace(0, max(0, len(particles) - 1), count).astype(np.int64)
     sample = particles.take(probed)
     headers, bad = check_stacks(sample)
     rows = np.setdiff1d(np.arange(len(sample)), bad.rows, assume_unique=True)
