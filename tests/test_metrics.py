@@ -116,7 +116,7 @@ def test_intervals_are_the_percentiles_of_resampled_micrographs():
 
 @pytest.mark.parametrize(("n_groups", "percent"), [(2, 0.0), (12, 1.08), (100_000, 2.5)])
 def test_percentiles_are_expanded_where_micrographs_are_few(n_groups, percent):
-    assert 100 * bootstrap._tail(n_groups) == pytest.approx(percent, abs=0.005)
+    assert 100 * bootstrap.expanded_tail(n_groups) == pytest.approx(percent, abs=0.005)
 
 
 def test_the_auc_interval_covers_the_truth_though_images_of_a_micrograph_are_alike():
