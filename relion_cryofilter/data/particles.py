@@ -6,7 +6,7 @@ Rows stay in input order for ever: scores, labels and splits refer to them by po
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,7 +102,7 @@ class ParticleSet:
 
 
 def parse_image_name(name: str) -> tuple[int, str]:
-    """Split ``000012@path/x.mrcs`` into (11, ``path/x.mrcs``); the one place that knows 1-based.
+    """Split ``000012@path/x.mrcs`` into (11, ``path/x.mrcs``); this and `_images` know 1-based.
 
     A name without ``@`` is a file with one image: index 0. RELION's type suffix (``x.mrc:mrcs``)
     is taken off.
@@ -141,26 +141,28 @@ def read_particles(path: str | Path) -> ParticleSet:
     has_optics = bool(optics_table) and OPTICS_GROUP in loop.labels
     labels = [IMAGE_NAME, _micrograph_label(loop)]
     labels += [OPTICS_GROUP] if has_optics else []
-    stacks, micrographs, groups_seen = _Names(), _Names(), _Names(list(groups))
-    ids = np.empty((loop.n_rows, 3), np.int32)
+    stacks, micrographs, groups_seen = _Names(), _Names(), _Names(groups)
+    ids = np.zeros((loop.n_rows, 3), np.int32)
     index = np.empty(loop.n_rows, np.int64)
-    for row, (image, micrograph, *group) in enumerate(star_text.columns(star, loop, labels)):
-        index[row], stack = _image(star, loop, row, image)
-        name = micrograph if labels[1] != IMAGE_NAME else stack
-        ids[row] = (
-            stacks.number(stack),
-            micrographs.number(name),
-            groups_seen.number(group_name(group[0])) if has_optics else 0,
-        )
-    _check_groups(star, loop, list(groups), groups_seen.names, ids[:, 2])
-    root = project_root(path, stacks.names[0])
+    first = 0
+    for images, mics, *group in star_text.column_chunks(star, loop, labels):
+        part = slice(first, first + len(images))
+        index[part], names = _images(star, loop, first, images)
+        ids[part, 0] = stacks.numbers(names)
+        ids[part, 1] = micrographs.numbers(mics if labels[1] != IMAGE_NAME else names)
+        if has_optics:
+            shown = {text: group_name(text) for text in dict.fromkeys(group[0])}
+            ids[part, 2] = groups_seen.numbers([shown[text] for text in group[0]])
+        first = part.stop
+    _check_groups(star, loop, list(groups), list(groups_seen), ids[:, 2])
+    root = project_root(path, next(iter(stacks)))
     return ParticleSet(
         source=str(path),
-        stacks=tuple(root / name for name in stacks.names),
-        stack_names=tuple(stacks.names),
+        stacks=tuple(root / name for name in stacks),
+        stack_names=tuple(stacks),
         stack_of=ids[:, 0].copy(),
         index=index,
-        micrographs=tuple(micrographs.names),
+        micrographs=tuple(micrographs),
         micrograph_of=ids[:, 1].copy(),
         optics=tuple(groups.values()),
         optics_of=ids[:, 2].copy(),
@@ -214,11 +216,11 @@ def concatenate(sets: Sequence[ParticleSet]) -> ParticleSet:
     parts: list[list[np.ndarray]] = [[], [], [], []]
     n_optics = 0
     for item in sets:
-        numbers = [stacks.number(os.path.realpath(path)) for path in item.stacks]
+        numbers = [stacks[os.path.realpath(path)] for path in item.stacks]
         for number, pair in zip(numbers, zip(item.stack_names, item.stacks)):
             if number == len(paths):
                 paths.append(pair)
-        mics = [micrographs.number(name) for name in item.micrographs]
+        mics = [micrographs[name] for name in item.micrographs]
         parts[0].append(np.array(numbers, np.int32)[item.stack_of])
         parts[1].append(item.index)
         parts[2].append(np.array(mics, np.int32)[item.micrograph_of])
@@ -231,7 +233,7 @@ def concatenate(sets: Sequence[ParticleSet]) -> ParticleSet:
         stack_names=tuple(name for name, _ in paths),
         stack_of=stack_of,
         index=index,
-        micrographs=tuple(micrographs.names),
+        micrographs=tuple(micrographs),
         micrograph_of=micrograph_of,
         optics=tuple(group for item in sets for group in item.optics),
         optics_of=optics_of,
@@ -254,23 +256,39 @@ def project_root(star_path: Path, first_stack: str) -> Path:
     return here if project is None or find_project(here) == here.resolve() else project
 
 
-class _Names:
+class _Names(dict[str, int]):
     """Gives each name it sees a number, in order of first sight."""
 
-    def __init__(self, names: Sequence[str] = ()) -> None:
-        self._numbers = {name: number for number, name in enumerate(names)}
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        super().__init__((name, number) for number, name in enumerate(names))
 
-    @property
-    def names(self) -> list[str]:
-        return list(self._numbers)
+    def __missing__(self, name: str) -> int:
+        self[name] = number = len(self)
+        return number
 
-    def number(self, name: str) -> int:
-        return self._numbers.setdefault(name, len(self._numbers))
+    def numbers(self, names: Iterable[str]) -> list[int]:
+        """Return the number of each name."""
+        return [self[name] for name in names]
 
 
 def _micrograph_label(loop: Loop) -> str:
     labels = (MICROGRAPH_NAME, IMAGE_NAME)
     return next(label for label in labels if label in loop.labels)
+
+
+def _images(
+    star: StarFile, loop: Loop, first: int, names: list[str]
+) -> tuple[list[int], list[str]]:
+    """Split many image names, those of the rows from `first`, into 0-based places and stacks."""
+    numbers, _, stacks = zip(*(name.partition("@") for name in names))
+    usual = all(numbers) and all(stacks) and ":" not in "".join(stacks)
+    digits = "".join(numbers)
+    if usual and digits.isascii() and digits.isdecimal():
+        places = [int(number) - 1 for number in numbers]
+        if min(places) >= 0 and max(places) < _LARGEST_INDEX:
+            return places, list(stacks)
+    both = [_image(star, loop, row, name) for row, name in enumerate(names, first)]
+    return [place for place, _ in both], [stack for _, stack in both]
 
 
 def _image(star: StarFile, loop: Loop, row: int, name: str) -> tuple[int, str]:

@@ -5,14 +5,14 @@ Rows stay the bytes that they were. Files are streamed and appear when they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 
 import numpy as np
 
-from relion_cryofilter.data.star import TOKEN, Loop, StarFile, rows
+from relion_cryofilter.data.star import TOKEN, Loop, StarFile, row_chunks
 from relion_cryofilter.files import replacing
 
 
@@ -40,9 +40,7 @@ def write_scored(
     subsets
         For each file to write, a (n_rows,) mask of the rows to keep.
     """
-    place = _overwrite(loop.labels.index(label)) if label in loop.labels else _append
-    texts = (b"%.6f" % value for value in values.tolist())
-    scored = map(place, rows(star, loop), texts)
+    scored = _scored(star, loop, label, values)
     _write_rows(
         star, loop, scored, subsets, b"" if label in loop.labels else _label_line(loop, label)
     )
@@ -58,27 +56,45 @@ def write_subsets(star: StarFile, loop: Loop, subsets: Mapping[Path, np.ndarray]
     subsets
         For each file to write, a (n_rows,) mask of the rows to keep.
     """
-    _write_rows(star, loop, rows(star, loop), subsets, b"")
+    lines = (chunk.splitlines(keepends=True) for chunk in row_chunks(star, loop))
+    _write_rows(star, loop, lines, subsets, b"")
+
+
+def _scored(
+    star: StarFile, loop: Loop, label: str, values: np.ndarray
+) -> Iterator[Sequence[bytes]]:
+    """Yield some thousand rows at a time, each with its value in column `label`."""
+    present = label in loop.labels
+    place = _overwrite(loop.labels.index(label)) if present else _append
+    first = 0
+    for chunk in row_chunks(star, loop):
+        lines = chunk.splitlines(keepends=True)
+        numbers = values[first : first + len(lines)].tolist()
+        if not present and b"#" not in chunk and chunk.count(b" \n") == len(lines):
+            yield [line[:-1] + b"%12.6f \n" % number for line, number in zip(lines, numbers)]
+        else:
+            yield [place(line, b"%.6f" % number) for line, number in zip(lines, numbers)]
+        first += len(lines)
 
 
 def _write_rows(
     star: StarFile,
     loop: Loop,
-    lines: Iterable[bytes],
+    chunks: Iterable[Sequence[bytes]],
     subsets: Mapping[Path, np.ndarray],
     new_label: bytes,
 ) -> None:
-    masks = [mask.tolist() for mask in subsets.values()]
     with ExitStack() as stack, star.path.open("rb", buffering=1 << 20) as source:
         files = [stack.enter_context(replacing(path)) for path in subsets]
         head = source.read(loop.labels_end) + new_label
         head += source.read(loop.rows_start - loop.labels_end)
         for file in files:
             file.write(head)
-        for line, *keep in zip(lines, *masks):
-            for file, kept in zip(files, keep):
-                if kept:
-                    file.write(line)
+        first = 0
+        for lines in chunks:
+            for file, mask in zip(files, subsets.values()):
+                file.write(b"".join(compress(lines, mask[first : first + len(lines)].tolist())))
+            first += len(lines)
         source.seek(loop.rows_end)
         tail = source.read()
         for file in files:
