@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from relion_cryofilter.errors import UsageError
 from relion_cryofilter.option_kinds import read_words
 from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, Options
+from relion_cryofilter.processes import process_number
 
 PROGRAM = "relion_cryofilter"
 ABOUT = "Score cryo-EM particle images and sort good particles from junk."
@@ -253,4 +254,5 @@ def _start_log(options: Options) -> None:
     log.addHandler(handler)
     log.propagate = False
     level = logging.DEBUG if options.verbose else logging.INFO
-    log.setLevel(logging.WARNING if options.quiet else level)
+    level = logging.WARNING if options.quiet else level
+    log.setLevel(logging.ERROR if process_number() else level)

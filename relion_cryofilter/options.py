@@ -14,6 +14,7 @@ from typing import Any
 
 from relion_cryofilter.data.star_labels import SCORE_LABEL
 from relion_cryofilter.option_kinds import as_kind, check_limits
+from relion_cryofilter.processes import local_count
 from relion_cryofilter.results.thresholds import ThresholdRequest
 
 
@@ -23,10 +24,12 @@ def option(help_text: str, kind: str, default: Any = None, **limits: Any) -> Any
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return how many cores this process may use; processes of one job share them."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, cores // local_count())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +86,10 @@ class ModelOptions(JobOptions):
     batch_size: int | None = option(
         "Images read at a time by each thread; 32 MiB worth if not given.", "integer", low=1
     )
+    precision: str = option(
+        "float32, or bf16: about twice as fast where the processor or GPU has it; scores change by "
+        "up to 0.01.", "text", "float32", choices=("float32", "bf16"),
+    )  # fmt: skip
     any_contrast: bool = option(
         "Go on though the particles are darker than their surroundings.", "flag", False
     )
@@ -104,6 +111,10 @@ class ScoreOptions(ModelOptions):
     mrc: tuple[Path, ...] = option("Plain image stacks instead of a STAR file.", "paths", ())
     out_file: Path | None = option("Where to write scores.csv; in --o if not given.", "path")
     features: bool = option("Also write features.npy, one row a particle.", "flag", False)
+    rescore: bool = option(
+        "Score every image, also those that this folder's score_cache.journal knows.",
+        "flag", False,
+    )  # fmt: skip
     score_label: str = option(
         "Column for the scores. RELION can select and sort only by labels it knows.",
         "label", SCORE_LABEL,

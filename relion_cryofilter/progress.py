@@ -33,11 +33,15 @@ class Progress:
     def __init__(
         self, total: int, what: str, abort_requested: Callable[[], bool] = lambda: False
     ) -> None:
-        self.total, self.what, self.done = total, what, 0
+        self.total, self.what, self.done, self._before = total, what, 0, 0
         self._abort_requested = abort_requested
         self._start = time.monotonic()
         self._silence = _FIRST_LINE_S
         self._next = self._start + self._silence
+
+    def begin_at(self, count: int) -> None:
+        """Note that `count` were done by an earlier run; they do not count for the rate."""
+        self.done = self._before = count
 
     def step(self, count: int) -> None:
         """Note that `count` more are done.
@@ -54,7 +58,7 @@ class Progress:
         if now >= self._next:
             self._silence = min(1.5 * self._silence, _MOST_SILENCE_S)
             self._next = now + self._silence
-            left = (self.total - self.done) * (now - self._start) / max(self.done, 1)
+            left = (self.total - self.done) / max(self.rate, 1e-9)
             log.info(
                 "%s of %s %s (%d %%), %s/s, %s left",
                 f"{self.done:,}", f"{self.total:,}", self.what,
@@ -68,8 +72,8 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Done a second."""
-        return self.done / max(self.seconds, 1e-9)
+        """Done a second, by this run."""
+        return (self.done - self._before) / max(self.seconds, 1e-9)
 
 
 def duration(seconds: float) -> str:

@@ -25,6 +25,7 @@ from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.network import Network
 from relion_cryofilter.nn.preprocess import Preprocess
+from relion_cryofilter.nn.ranks import Ranks
 from relion_cryofilter.nn.small_images import Loaded, noise_images
 from relion_cryofilter.nn.training import (
     Epoch,
@@ -77,6 +78,7 @@ def fit(
     folder: Path,
     number: int,
     progress: Progress,
+    ranks: Ranks,
 ) -> Model:
     """Train, calibrate and write one model of an ensemble (or the only one).
 
@@ -92,6 +94,8 @@ def fit(
         From 1; files of the first have no number.
     progress
         Counts image steps; may raise Aborted.
+    ranks
+        The processes that train together; the first writes.
     """
     torch.manual_seed(options.seed + number - 1)
     network = copy.deepcopy(start.network)
@@ -102,10 +106,14 @@ def fit(
     trainer = Trainer(
         network, loaded.images, labelled.labels, split, settings,
         folder / _numbered(CHECKPOINT, number), _identity(labelled, start, split, loaded),
-        choose_devices(gpu_numbers(options.gpu))[0], noise,
+        ranks.device(choose_devices(gpu_numbers(options.gpu)))[0], noise, ranks,
     )  # fmt: skip
     history_path = (options.history_dir or folder) / _numbered(HISTORY, number)
-    history = trainer.run(progress, lambda epochs: _write_history(history_path, epochs))
+    history = trainer.run(
+        progress, lambda epochs: _write_history(history_path, epochs) if ranks.first else None
+    )
+    if not ranks.first:
+        return _calibrated(trainer, start, loaded, labelled, options)
     save_history(history_path.with_suffix(".png"), [asdict(epoch) for epoch in history])
     model = _calibrated(trainer, start, loaded, labelled, options)
     target = (options.weight_dir or folder) / model_name(number)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.errors import UsageError
@@ -20,6 +22,7 @@ from relion_cryofilter.results.thresholds import ThresholdRequest, choose_thresh
 BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "default.safetensors"
 CURVE, ESTIMATE = "operating_curve", "threshold_estimate"
 PIXEL_SIZE_TOLERANCE = 0.1
+PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -33,6 +36,12 @@ def read_models(options: ModelOptions) -> list[Model]:
         ``--model``, ``--f`` or ``--img_dim`` contradict a model file.
     """
     paths = options.weights or (BUNDLED_MODEL,)
+    return [
+        replace(model, precision=PRECISIONS[options.precision]) for model in _read(paths, options)
+    ]
+
+
+def _read(paths: Sequence[Path], options: ModelOptions) -> list[Model]:
     models = []
     for path in paths:
         if is_keras(path):

@@ -28,16 +28,20 @@ from relion_cryofilter.commands.subsets import (
     warn_if_none,
     write_all_with_scores,
 )
+from relion_cryofilter.data import score_cache
 from relion_cryofilter.data.bad_images import BadImages
 from relion_cryofilter.data.particles import ParticleSet, particles_of_stacks, read_particles
+from relion_cryofilter.data.score_cache import ScoreCache
 from relion_cryofilter.data.star_labels import SCORE_LABEL
 from relion_cryofilter.errors import UsageError
 from relion_cryofilter.files import write_text
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.devices import choose_devices
+from relion_cryofilter.nn.ranks import Ranks, join_ranks
 from relion_cryofilter.nn.scoring import score_particles
 from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.options import ScoreOptions
+from relion_cryofilter.processes import process_count
 from relion_cryofilter.progress import Progress, duration
 
 SCORES_CSV, FEATURES, BAD_IMAGES = "scores.csv", "features.npy", "bad_images.csv"
@@ -58,28 +62,35 @@ def score(
         `abort_requested` said True; nothing was written.
     """
     places = _places(options)
+    _check_processes(options)
     particles = _read_input(options)
     models = read_models(options)
     check_pixel_size(models, particles)
     check_request(options.threshold, models)
-    devices = choose_devices(gpu_numbers(options.gpu))
-    _announce(particles, models, options)
+    ranks = join_ranks()
+    devices = ranks.device(choose_devices(gpu_numbers(options.gpu)))
+    _announce(particles, models, options, ranks)
     if not options.any_contrast:
         check_contrast(particles, models[0].preprocess, options.threads)
     for folder in (places.star, places.csv.parent, places.extras):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+    progress = Progress(len(particles), "particles scored", abort_requested)
     scores = score_particles(
         particles,
         models,
-        Progress(len(particles), "particles scored", abort_requested),
+        progress,
         threads=options.threads,
         devices=devices,
         batch_size=options.batch_size,
         tta=options.tta,
         features_path=places.extras / FEATURES if options.features else None,
         skip_bad=options.skip_bad,
+        cache=_cache(options, models, particles, ranks),
+        ranks=ranks,
     )
+    if not ranks.first:
+        return ()
     values = np.round(scores.values, 6)
     threshold, reason = resolve_threshold(options.threshold, models, values)
     accepted = values >= threshold
@@ -101,12 +112,18 @@ def score(
         )  # fmt: skip
     log.info("Threshold %g (%s).", threshold, reason)
     log.info(
-        "Scored %s particles in %s (%s/s): %s.",
-        f"{len(values):,}", duration(scores.seconds),
-        f"{len(values) / max(scores.seconds, 1e-9):,.0f}", describe_counts(accepted),
+        "Scored %s particles in %s (%s/s)%s: %s.",
+        f"{len(values) - scores.n_known:,}", duration(progress.seconds),
+        f"{(len(values) - scores.n_known) / progress.seconds:,.0f}",
+        f", {scores.n_known:,} were known" if scores.n_known else "", describe_counts(accepted),
     )  # fmt: skip
     log.info("Results are in %s/", places.extras)
     return outputs
+
+
+def _check_processes(options: ScoreOptions) -> None:
+    if options.features and process_count() > 1:
+        raise UsageError("--features is written by one process; leave it out, or start one.")
 
 
 @dataclass(frozen=True)
@@ -141,6 +158,27 @@ def _remove_stale(folder: Path, options: ScoreOptions, bad: BadImages) -> None:
         (folder / BAD_IMAGES).unlink(missing_ok=True)
 
 
+def _cache(
+    options: ScoreOptions, models: Sequence[Model], particles: ParticleSet, ranks: Ranks
+) -> ScoreCache | None:
+    """Return the scores that earlier runs of this job left, if they can be used."""
+    if options.o is None or options.features:
+        return None
+    if options.rescore:
+        for journal in options.o.glob(f"{score_cache.NAME}*{score_cache.SUFFIX}"):
+            journal.unlink(missing_ok=True)
+    hashes = " ".join(model.hash for model in models)
+    key = f"{hashes} tta={options.tta} precision={options.precision}"
+    cache = ScoreCache(options.o, key, particles, ranks.number)
+    known = int(np.isfinite(cache.values).sum())
+    if known:
+        log.info(
+            "%s of %s particles were scored by an earlier run (%s; --rescore scores them again).",
+            f"{known:,}", f"{len(particles):,}", cache.path,
+        )  # fmt: skip
+    return cache
+
+
 def _read_input(options: ScoreOptions) -> ParticleSet:
     if options.in_parts is None:
         return particles_of_stacks(options.mrc)
@@ -163,7 +201,9 @@ def _check_label(label: str) -> None:
         )
 
 
-def _announce(particles: ParticleSet, models: Sequence[Model], options: ScoreOptions) -> None:
+def _announce(
+    particles: ParticleSet, models: Sequence[Model], options: ScoreOptions, ranks: Ranks
+) -> None:
     log.info(
         "Read %s: %s particles in %s stacks, %s micrographs, %d optics group(s).",
         particles.source, f"{len(particles):,}", f"{len(particles.stacks):,}",
@@ -173,7 +213,11 @@ def _announce(particles: ParticleSet, models: Sequence[Model], options: ScoreOpt
     if options.tta:
         same = all(model.network.equivariant for model in models)
         views = ", the same for all eight views" if same else ", averaged over eight views"
-    log.info("Model %s%s; %d thread(s).", describe_models(models, options), views, options.threads)
+    shared = f" in each of {ranks.count} processes" if ranks.count > 1 else ""
+    log.info(
+        "Model %s%s; %d thread(s)%s.",
+        describe_models(models, options), views, options.threads, shared,
+    )  # fmt: skip
     if not options.weights:
         log.warning(
             "The bundled model knows simulated particles only. Look at both subsets before you "

@@ -30,6 +30,7 @@ from relion_cryofilter.nn.preprocess import (
     Preprocess,
     preprocess_from_dict,
 )
+from relion_cryofilter.nn.ranks import join_ranks
 from relion_cryofilter.nn.small_images import Loaded, load_small_images
 from relion_cryofilter.options import TrainOptions
 from relion_cryofilter.progress import Progress
@@ -61,6 +62,7 @@ def train(
         raise UsageError(
             "--threshold count=… is for score and select; train knows no set to count."
         )
+    ranks = join_ranks()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     labelled = labelled_set(options)
@@ -78,9 +80,11 @@ def train(
     steps = epochs * sum(len(member.train) for member in members)
     progress = Progress(steps, "image steps", abort_requested)
     models = [
-        fit(options, labelled, loaded, member, start, folder, number, progress)
+        fit(options, labelled, loaded, member, start, folder, number, progress, ranks)
         for number, member in enumerate(members, 1)
     ]
+    if not ranks.first:
+        return ()
     _measure(folder, models, loaded, labelled, split, options)
     log.info("Results are in %s/", folder)
     return ()

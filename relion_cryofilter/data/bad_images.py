@@ -42,6 +42,14 @@ class BadImages:
         """Note that `rows` can't be used; `detail` goes into messages after the first places."""
         self._reasons.update((int(row), (reason, detail)) for row in rows)
 
+    def to_dict(self) -> dict[int, tuple[str, str]]:
+        """Return reason and detail by row, for `update` in another process."""
+        return dict(self._reasons)
+
+    def update(self, found: dict[int, tuple[str, str]]) -> None:
+        """Note what `to_dict` gave in another process."""
+        self._reasons.update(found)
+
     def summary(self) -> str:
         """Return counts by reason and the first few places, as one text."""
         counts = Counter(reason for reason, _ in self._reasons.values())

@@ -8,7 +8,7 @@ RELION, the third dimension counts images whatever the header says about volumes
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -186,11 +186,22 @@ def _runs(
         yield Run(header, int(places[part[0]]), len(part))
 
 
-class StackReader:
-    """Reads batches into one buffer that is used again and again: one reader a thread."""
+def _plain_buffer(n_bytes: int) -> np.ndarray:
+    return np.empty(n_bytes, np.uint8)
 
-    def __init__(self) -> None:
-        self._buffer = bytearray()
+
+class StackReader:
+    """Reads batches into one buffer that is used again and again: one reader a thread.
+
+    Parameters
+    ----------
+    make_buffer
+        Returns so many bytes, as (n,) uint8.
+    """
+
+    def __init__(self, make_buffer: Callable[[int], np.ndarray] = _plain_buffer) -> None:
+        self._make_buffer = make_buffer
+        self._buffer = make_buffer(0)
 
     def read(self, plan: BatchPlan) -> np.ndarray:
         """Read a batch.
@@ -209,8 +220,8 @@ class StackReader:
         dtype = plan.runs[0].stack.dtype
         n_bytes = int(np.prod(plan.shape)) * dtype.itemsize
         if len(self._buffer) < n_bytes:
-            self._buffer = bytearray(n_bytes)
-        self._read_runs(plan.runs, memoryview(self._buffer)[:n_bytes])
+            self._buffer = self._make_buffer(n_bytes)
+        self._read_runs(plan.runs, self._buffer[:n_bytes].data)
         values = np.frombuffer(self._buffer, dtype, int(np.prod(plan.shape)))
         images = values.reshape(plan.shape)
         if not dtype.isnative:

@@ -29,6 +29,7 @@ FORMAT_VERSION = 1
 METADATA_KEY = "relion_cryofilter"
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 HASH_DIGITS = 12
+GPU_BATCH = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,8 @@ class Model:
     provenance : dict
         What the model was trained on, seeds, versions, pixel size (Å/px), box (px) and so on;
         must survive JSON.
+    precision : torch.dtype
+        Of the crop and the network's products, float32 or bfloat16; not part of the file.
 
     Raises
     ------
@@ -60,6 +63,7 @@ class Model:
     threshold: float
     temperature: float = 1.0
     provenance: dict[str, Any] = field(default_factory=dict)
+    precision: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         network, recipe = self.network, self.preprocess
@@ -154,8 +158,9 @@ class Model:
         scores = torch.zeros(len(small), device=device)
         kept = self.network.feature_count if with_features else 0
         features = torch.empty(len(small), kept, device=device)
-        with torch.inference_mode():
-            step = _micro_batch(self.network.dim, device)
+        reduced = torch.autocast(device.type, self.precision, self.precision != torch.float32)
+        with torch.inference_mode(), reduced:
+            step = self.network.micro_batch if device.type == "cpu" else GPU_BATCH
             for start in range(0, len(small), step):
                 rows = slice(start, min(start + step, len(small)))
                 count = rows.stop - start
@@ -292,15 +297,6 @@ def _package_version() -> str:
 
 def _channels_last(batch: Tensor) -> Tensor:
     return batch.contiguous(memory_format=torch.channels_last)
-
-
-def _micro_batch(dim: int, device: torch.device) -> int:
-    """Return how many images go through the network at a time.
-
-    On a CPU 16 to 32: small enough for the caches, and below the 32 MiB of activations where
-    malloc turns to mmap and speed halves.
-    """
-    return 512 if device.type != "cpu" else 32 if dim <= 48 else 16
 
 
 def _filled_up(batch: Tensor, size: int) -> Tensor:

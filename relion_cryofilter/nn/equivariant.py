@@ -156,6 +156,11 @@ class D4(Network):
         )  # fmt: skip
         self.head = nn.Linear(self.feature_count, 1)
 
+    @property
+    def micro_batch(self) -> int:
+        """Images that go through at a time on a processor."""
+        return 64 if self.dim <= 48 else 32
+
     def features(self, x: Tensor) -> Tensor:
         """Return (n, 4·third): mean and max over pixels, each as mean and max over the views."""
         x = torch.relu(self.stem(x[:, : self.channels]))

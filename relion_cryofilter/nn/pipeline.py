@@ -35,6 +35,8 @@ def map_batches(
     *,
     threads: int = 1,
     batch_size: int | None = None,
+    when_done: Callable[[np.ndarray, Result], None] = lambda rows, result: None,
+    pinned: bool = False,
 ) -> Iterator[tuple[np.ndarray, Result]]:
     """Call `work` on the images of `rows`, batch by batch, in the order of the disk.
 
@@ -50,6 +52,10 @@ def map_batches(
         two. At most two batches a thread are under way.
     batch_size
         Images a batch; by default what fits into 32 MiB, at most 512.
+    when_done
+        Called with a batch's rows and result as soon as it is done, in the thread that did it.
+    pinned
+        Read into page-locked memory, from where GPUs fetch while they compute.
 
     Yields
     ------
@@ -62,8 +68,10 @@ def map_batches(
 
     def run(plan: BatchPlan) -> tuple[np.ndarray, Result]:
         if not hasattr(own, "reader"):
-            own.reader = StackReader()
-        return plan.rows, work(torch.from_numpy(own.reader.read(plan)))
+            own.reader = StackReader(_pinned_buffer) if pinned else StackReader()
+        result = work(torch.from_numpy(own.reader.read(plan)))
+        when_done(plan.rows, result)
+        return plan.rows, result
 
     waiting: deque[Future[tuple[np.ndarray, Result]]] = deque()
     with one_torch_thread(), ThreadPoolExecutor(threads, thread_name_prefix="batch") as pool:
@@ -109,6 +117,10 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _pinned_buffer(n_bytes: int) -> np.ndarray:
+    return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True).numpy()
 
 
 def _fitting_batch(headers: Iterable[StackHeader | None]) -> int:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from relion_cryofilter.data.bad_images import BadImages, check_stacks
 from relion_cryofilter.data.particles import ParticleSet
+from relion_cryofilter.data.score_cache import ScoreCache
 from relion_cryofilter.files import replacing
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.pipeline import find_faults, map_batches
 from relion_cryofilter.nn.preprocess import Preprocess
+from relion_cryofilter.nn.ranks import ALONE, Ranks
 from relion_cryofilter.progress import Progress
 
 log = logging.getLogger("relion_cryofilter")
@@ -34,13 +37,13 @@ class Scores:
         (n,) float64 in input order, 0 to 1, higher is better; bad images score 0.
     bad
         The images that could not be scored.
-    seconds
-        Wall time.
+    n_known
+        How many were scored by an earlier run.
     """
 
     values: np.ndarray
     bad: BadImages
-    seconds: float
+    n_known: int = 0
 
 
 def score_particles(
@@ -54,8 +57,10 @@ def score_particles(
     tta: bool = False,
     features_path: Path | None = None,
     skip_bad: bool = False,
+    cache: ScoreCache | None = None,
+    ranks: Ranks = ALONE,
 ) -> Scores:
-    """Score every particle.
+    """Score every particle that is not in the cache.
 
     Parameters
     ----------
@@ -64,7 +69,7 @@ def score_particles(
     models
         Their scores are averaged; each brings its preprocessing.
     progress
-        Told of every batch; may raise Aborted.
+        Told of every batch of this process; may raise Aborted.
     threads, batch_size
         See `pipeline.map_batches`.
     devices
@@ -75,6 +80,10 @@ def score_particles(
         Where to write the features of the first model, (n, k) float32 .npy; NaN for bad images.
     skip_bad
         Score bad images 0; otherwise they are an error.
+    cache
+        What earlier runs found; what this one finds is added at once.
+    ranks
+        The processes that share out the images. Only the first gets the scores of all.
 
     Raises
     ------
@@ -87,11 +96,19 @@ def score_particles(
     headers, bad = check_stacks(particles)
     if not skip_bad:
         bad.refuse()
-    values = np.zeros(len(particles))
     bad.refuse_if_all()
-    rows = np.setdiff1d(np.arange(len(particles)), bad.rows, assume_unique=True)
+    values = np.full(len(particles), np.nan) if cache is None else cache.values.copy()
+    values[bad.rows] = 0
+    left = np.flatnonzero(np.isnan(values))
+    rows = ranks.share(left[np.lexsort((particles.index[left], particles.stack_of[left]))])
+    progress.begin_at(len(particles) - len(left))
+    ranks.wait()  # until all have read what is known
     scorer = _Scorer(models, devices, tta, features_path is not None)
-    batches = map_batches(scorer, particles, rows, headers, threads=threads, batch_size=batch_size)
+    batches = map_batches(
+        scorer, particles, rows, headers, threads=threads, batch_size=batch_size,
+        when_done=lambda done, result: cache.add(done, result.scores) if cache else None,
+        pinned=devices[0].type == "cuda",
+    )  # fmt: skip
     with _FeatureFile(features_path, len(particles)) as features:
         for batch_rows, result in batches:
             values[batch_rows] = result.scores
@@ -101,12 +118,17 @@ def score_particles(
             for reason, places in result.faults.items():
                 bad.add(batch_rows[places], reason)
             progress.step(len(batch_rows))
+        for others_rows, others_values, others_bad in ranks.gather(
+            (rows, values[rows], bad.to_dict())
+        ):
+            values[others_rows] = others_values
+            bad.update(others_bad)
         values[bad.rows] = 0
         features.blank(bad.rows)
         bad.refuse_if_all()
         if not skip_bad:
             bad.refuse()
-    return Scores(values, bad, progress.seconds)
+    return Scores(values, bad, len(particles) - len(left))
 
 
 @dataclass(frozen=True)
@@ -137,13 +159,18 @@ class _Scorer:
     def __call__(self, images: torch.Tensor) -> _BatchResult:
         if not hasattr(self._own, "models"):
             self._own.models, self._own.device = next(self._replicas)
+            self._own.stream = _own_stream(self._own.device)
+        with self._own.stream:
+            return self._score(images)
+
+    def _score(self, images: torch.Tensor) -> _BatchResult:
         models: Sequence[Model] = self._own.models
         with torch.inference_mode():
-            boxes = images.to(self._own.device).float()
+            boxes = images.to(self._own.device, non_blocking=True)
             small: dict[Preprocess, torch.Tensor] = {}
             for model in models:
                 if model.preprocess not in small:
-                    small[model.preprocess] = model.preprocess(boxes)
+                    small[model.preprocess] = model.preprocess(boxes, model.precision)
             first = small[models[0].preprocess]
             scores, features = self._first(models[0], first)
             for model in models[1:]:
@@ -158,6 +185,13 @@ class _Scorer:
         if self._with_features:
             return model.probabilities_and_features(small, self._tta)
         return model.probabilities(small, self._tta), small[:, 0, 0, :0]
+
+
+def _own_stream(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a CUDA stream of the thread's own, so that copies and work of threads overlap."""
+    if device.type != "cuda":
+        return nullcontext()
+    return cast(AbstractContextManager[Any], torch.cuda.stream(torch.cuda.Stream(device)))  # type: ignore[no-untyped-call]
 
 
 class _FeatureFile:

@@ -26,6 +26,7 @@ from relion_cryofilter.files import replacing
 from relion_cryofilter.nn.devices import CPU
 from relion_cryofilter.nn.network import Network
 from relion_cryofilter.nn.preprocess import turn
+from relion_cryofilter.nn.ranks import ALONE, Ranks
 from relion_cryofilter.nn.small_images import SmallImages
 from relion_cryofilter.progress import Progress
 
@@ -105,6 +106,9 @@ class Trainer:
         Where to train.
     noise
         (m, c, d, d) small images of pure noise to draw `Settings.noise_share` from; None for none.
+    ranks
+        The processes that share out each step's images and add up their gradients. Networks with
+        batch norms that are not frozen normalise in each process by itself.
     """
 
     def __init__(
@@ -118,8 +122,9 @@ class Trainer:
         identity: Mapping[str, Any],
         device: torch.device = CPU,
         noise: Tensor | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.noise = noise
+        self.noise, self.ranks = noise, ranks
         self.network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.images, self.split, self.settings = images, split, settings
         self.device = device
@@ -227,14 +232,23 @@ class Trainer:
             batch = torch.cat([batch, self.noise[drawn]])
             targets = torch.cat([targets, torch.zeros(count)])
             weights = torch.cat([weights, torch.full((count,), self.bad_weight)])
-        targets, weights, batch = (part.to(self.device) for part in (targets, weights, batch))
+        counted, size = torch.arange(len(batch)) < len(rows), len(batch)
+        own = slice(self.ranks.number, None, self.ranks.count)
+        targets, weights, batch, counted = (
+            part[own].to(self.device) for part in (targets, weights, batch, counted)
+        )
         logits = self.network(batch.contiguous(memory_format=torch.channels_last))
-        loss = binary_cross_entropy_with_logits(logits, targets, weights)
+        loss = binary_cross_entropy_with_logits(logits, targets, weights, reduction="sum") / size
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
+        right = (((logits > 0) == (targets > 0)) & counted).sum()
+        totals = torch.stack([loss.detach(), right.to(loss.dtype)])
+        self.ranks.add_up([totals, *self._gradients()])
         self.optimiser.step()
-        right = (logits > 0) == (targets > 0)
-        return loss.item(), int(right[: len(rows)].sum())
+        return float(totals[0]), int(totals[1])
+
+    def _gradients(self) -> list[Tensor]:
+        return [part.grad for part in self.network.parameters() if part.grad is not None]
 
     def _predict(self) -> Tensor:
         return predict(self.network, self.images, self.split.validation)
@@ -248,6 +262,8 @@ class Trainer:
         return float(loss), float(right), float(auc)
 
     def _save(self) -> None:
+        if not self.ranks.first:
+            return
         state = {
             "identity": self.identity,
             "network": self.network.state_dict(),

@@ -13,15 +13,17 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import takewhile
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from relion_cryofilter.data.project import find_project
 from relion_cryofilter.errors import Aborted, CryoFilterError, UsageError
 from relion_cryofilter.options import JOB_MODES, MODES
+from relion_cryofilter.processes import process_number
 
 SUCCESS = "RELION_JOB_EXIT_SUCCESS"
 FAILURE = "RELION_JOB_EXIT_FAILURE"
@@ -127,26 +129,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder = output_folder(words)
     try:
+        if folder is not None and process_number():  # the first process speaks to RELION
+            _do(words, folder.abort_requested)
+            return 0
         if folder is None:
-            _work(words, None)
+            _do(words, lambda: False)
             return 0
         folder.open()
         with _signals(folder):
             _work(words, folder)
     except BaseException as error:
+        folder = None if process_number() else folder
         return _report(error, folder, verbose="--verbose" in words)
     return 0
 
 
-def _work(words: list[str], folder: JobFolder | None) -> None:
+def _do(words: list[str], abort_requested: Callable[[], bool]) -> tuple[Any, ...]:
     from relion_cryofilter import cli
 
-    if folder is None:
-        cli.run(words, lambda: False)
-        return
+    return cli.run(words, abort_requested)
+
+
+def _work(words: list[str], folder: JobFolder) -> None:
     if folder.abort_requested():
         raise Aborted("Stopped on request before anything was done.")
-    outputs = cli.run(words, folder.abort_requested)
+    outputs = _do(words, folder.abort_requested)
     from relion_cryofilter.relion.nodes import Node, write_output_nodes
 
     nodes = [Node(folder.name + output.file_name, output.kind) for output in outputs]

@@ -1,0 +1,111 @@
+"""Two processes that share one job, as torchrun and srun start them (gloo, on one machine)."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from making import tiny_model, write_project
+from test_labels import make_select_job
+
+from relion_cryofilter.nn.checkpoint import load_model
+from relion_cryofilter.nn.ranks import Ranks, _first_node
+from relion_cryofilter.processes import process_count, process_number
+
+NAMES = ("particles.star", "particles_accepted.star", "particles_rejected.star", "scores.csv")
+
+
+def torchrun(*words, processes=2):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return subprocess.run(
+        [*line, str(processes), "-m", "relion_cryofilter", *words], capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def scoring(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save("model.safetensors")
+    star = write_project(tmp_path, n_micrographs=5, per_micrograph=21)
+    return [
+        "score", "--in_parts", str(star), "--weights", "model.safetensors", "--any_contrast",
+        "--j", "1",
+    ]  # fmt: skip
+
+
+def test_two_processes_give_what_one_gives(scoring):
+    one = subprocess.run([sys.executable, "-m", "relion_cryofilter", *scoring, "--o", "one"])
+    two = torchrun(*scoring, "--o", "two")
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert "in each of 2 processes" in two.stdout
+    assert two.stdout.count("Results are in two/") == 1
+    for name in NAMES:
+        assert Path("one", name).read_bytes() == Path("two", name).read_bytes(), name
+    assert Path("two/RELION_JOB_EXIT_SUCCESS").exists()
+
+
+def test_each_process_keeps_its_scores_and_all_are_used_again(scoring):
+    assert torchrun(*scoring, "--o", "two").returncode == 0
+    assert sorted(path.name for path in Path("two").glob("*.journal")) == [
+        "score_cache.journal", "score_cache_1.journal",
+    ]  # fmt: skip
+    first = Path("two/particles.star").read_bytes()
+    again = torchrun(*scoring, "--o", "two")
+    assert "Scored 0 particles" in again.stdout
+    assert Path("two/particles.star").read_bytes() == first
+
+
+def test_a_fault_in_any_process_leaves_a_failed_job(scoring, tmp_path):
+    stacks = sorted(tmp_path.glob("Extract/job001/Mics/*.mrcs"))
+    content = bytearray(stacks[-1].read_bytes())
+    content[-4:] = np.array([np.nan], "<f4").tobytes()
+    stacks[-1].write_bytes(content)
+    done = torchrun(*scoring, "--o", "two")
+    assert done.returncode != 0
+    assert "1 with NaN or infinite values" in done.stderr
+    assert Path("two/RELION_JOB_EXIT_FAILURE").exists()
+    assert not Path("two/particles.star").exists()
+
+
+def test_training_in_two_processes_gives_the_model_of_one(tmp_path, monkeypatch):
+    """Equal but for rounding: gradients are added up in another order."""
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path, n_micrographs=4, per_micrograph=24)
+    make_select_job(tmp_path)
+    words = ["train", "--in_parts", "Select/job003/particles.star", "--epochs", "3", "--j", "1"]
+    words += ["--any_contrast", "--model", "straight", "--learning_rate", "0.01", "--o"]
+    one = subprocess.run([sys.executable, "-m", "relion_cryofilter", *words, "one"])
+    two = torchrun(*words, "two")
+    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    states = [load_model(f"{o}/model.safetensors").network.state_dict() for o in ("one", "two")]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+    assert two.stdout.count("Epoch   1:") == 1
+
+
+def test_shares_are_whole_and_disjoint():
+    rows = np.arange(10, 27)
+    shares = [Ranks(number, 4).share(rows) for number in range(4)]
+    assert np.concatenate(shares).tolist() == rows.tolist()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n012", "n012"), ("n[012-014,020],m1", "n012"), ("gpu-3,gpu-4", "gpu-3"), ("", "")],
+)
+def test_the_first_node_of_slurms_list_is_the_meeting_point(nodes, first):
+    assert _first_node(nodes) == first
+
+
+def test_a_batch_script_with_many_tasks_is_one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert (process_number(), process_count()) == (0, 1)
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert (process_number(), process_count()) == (3, 8)

@@ -1,0 +1,189 @@
+"""Scores kept in the job's folder: nothing is scored twice, nothing stale is used."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from making import blobs, tiny_model, write_project, write_stack
+
+from relion_cryofilter.data.particles import read_particles
+from relion_cryofilter.data.score_cache import ScoreCache, _whole_records
+from relion_cryofilter.relion import job
+
+OUT = "External/job002/"
+JOURNAL = Path(OUT) / "score_cache.journal"
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save("model.safetensors")
+    return write_project(tmp_path, n_micrographs=6, per_micrograph=20)
+
+
+def score(*words):
+    line = ["score", "--in_parts", "Extract/job001/particles.star", "--o", OUT]
+    return job.main([*line, "--weights", "model.safetensors", "--any_contrast", "--j", "2", *words])
+
+
+def scored_now(capsys):
+    """Return how many particles the last run scored by itself."""
+    line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("Scored"))
+    return int(line.split()[1].replace(",", ""))
+
+
+def outputs():
+    names = ("particles.star", "particles_accepted.star", "particles_rejected.star", "scores.csv")
+    return [(Path(OUT) / name).read_bytes() for name in names]
+
+
+def records():
+    with JOURNAL.open("rb") as file:
+        file.readline()
+        return list(_whole_records(file))
+
+
+def size_of_journal():
+    return JOURNAL.stat().st_size if JOURNAL.exists() else 0
+
+
+def test_a_second_run_scores_nothing_and_writes_the_same(project, capsys):
+    assert score() == 0
+    first = outputs()
+    assert scored_now(capsys) == 120
+    assert score() == 0
+    assert scored_now(capsys) == 0
+    assert outputs() == first
+
+
+def test_a_grown_star_file_scores_only_what_is_new(project, tmp_path, capsys):
+    text = project.read_bytes()
+    head, rows = text.split(b"_rlnDefocusAngle #7\n")
+    lines = rows.splitlines(keepends=True)
+    project.write_bytes(head + b"_rlnDefocusAngle #7\n" + b"".join(lines[:50]) + b" \n")
+    assert score() == 0
+    assert scored_now(capsys) == 50
+    project.write_bytes(text)
+    assert score() == 0
+    assert scored_now(capsys) == 70
+    grown = outputs()
+    assert score("--rescore") == 0
+    assert scored_now(capsys) == 120
+    assert outputs() == grown
+
+
+def test_a_changed_stack_is_scored_again(project, tmp_path, capsys):
+    assert score() == 0
+    scored_now(capsys)
+    write_stack(tmp_path / "Extract/job001/Mics/mic2.mrcs", blobs(20, 32, 99))
+    assert score() == 0
+    assert scored_now(capsys) == 20
+
+
+@pytest.mark.parametrize("words", [["--tta"], ["--precision", "bf16"], "other model"])
+def test_other_models_and_options_score_all_again(project, words, capsys):
+    assert score() == 0
+    scored_now(capsys)
+    if words == "other model":
+        tiny_model(seed=5).save("model.safetensors")
+        words = []
+    assert score(*words) == 0
+    assert scored_now(capsys) == 120
+
+
+@pytest.mark.parametrize("cut", [1, 7, 300])
+def test_a_cut_off_journal_is_used_as_far_as_it_is_whole(project, cut, capsys):
+    assert score("--batch_size", "7") == 0
+    first = outputs()
+    whole = len(records())
+    os.truncate(JOURNAL, JOURNAL.stat().st_size - cut)
+    kept = sum(len(record.places) for record in records())
+    capsys.readouterr()
+    assert len(records()) < whole
+    assert score("--batch_size", "7") == 0
+    assert scored_now(capsys) == 120 - kept
+    assert outputs() == first
+    assert len(records()) == whole
+
+
+def test_a_damaged_journal_is_noticed_and_rebuilt(project, capsys):
+    assert score("--batch_size", "7") == 0
+    first = outputs()
+    content = bytearray(JOURNAL.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    JOURNAL.write_bytes(content)
+    assert score("--batch_size", "7") == 0
+    assert "can't be read; those images are scored again" in capsys.readouterr().out
+    assert outputs() == first
+    assert sum(len(record.places) for record in records()) == 120
+
+
+def test_what_is_not_a_journal_is_replaced(project, capsys):
+    Path(OUT).mkdir(parents=True)
+    JOURNAL.write_bytes(os.urandom(5000))
+    assert score() == 0
+    assert scored_now(capsys) == 120
+    assert score() == 0
+    assert scored_now(capsys) == 0
+
+
+def test_bad_images_are_not_kept(project, tmp_path, capsys):
+    images = blobs(20, 32)
+    images[3] = 0
+    write_stack(tmp_path / "Extract/job001/Mics/mic2.mrcs", images)
+    assert score("--skip_bad") == 0
+    first = outputs()
+    assert score("--skip_bad") == 0
+    assert outputs() == first
+    assert sum(len(record.places) for record in records()) == 119
+
+
+def test_two_rows_of_one_image_have_one_score(tmp_path):
+    star = write_project(tmp_path)
+    particles = read_particles(star)
+    rows = np.array([4, 7, 4])
+    twice = particles.take(rows)
+    ScoreCache(tmp_path, "k", particles).add(rows[:2], np.array([0.25, 0.75]))
+    assert ScoreCache(tmp_path, "k", twice).values.tolist() == [0.25, 0.75, 0.25]
+    assert np.isnan(ScoreCache(tmp_path, "another", twice).values).all()
+
+
+def test_a_job_that_is_killed_ten_times_scores_each_image_once(project, tmp_path):
+    """The kills come at random moments of scoring; Continue ends with the unbroken result."""
+    for number in range(6):  # enough work to be killed in
+        write_stack(tmp_path / f"Extract/job001/Mics/mic{number}.mrcs", blobs(2000, 32, number))
+    head = project.read_text().split("_rlnDefocusAngle #7\n")[0] + "_rlnDefocusAngle #7\n"
+    rows = "".join(
+        f"1 {image + 1:06d}@Extract/job001/Mics/mic{number}.mrcs Mics/mic{number}.mrc 1 1 1 0 \n"
+        for image in range(2000)
+        for number in range(6)
+    )
+    project.write_text(head + rows)
+    line = [
+        sys.executable, "-m", "relion_cryofilter", "score", "--in_parts", str(project), "--o", OUT,
+        "--weights", "model.safetensors", "--any_contrast", "--j", "2", "--batch_size", "16",
+    ]  # fmt: skip
+    rng = random.Random(0)
+    kills = 0
+    while kills < 10:
+        before = size_of_journal()
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
+        while process.poll() is None and size_of_journal() == before:
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.08))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        assert process.returncode == -signal.SIGKILL, "the job ended before it was killed"
+        assert not Path(OUT, "particles.star").exists()
+    subprocess.run(line, check=True)
+    resumed = outputs()
+    found = [(record.stack, place) for record in records() for place in record.places.tolist()]
+    assert len(found) == len(set(found)) == 12_000
+    subprocess.run([*line, "--rescore"], check=True)
+    assert outputs() == resumed
