@@ -156,20 +156,15 @@ class D4(Network):
         )  # fmt: skip
         self.head = nn.Linear(self.feature_count, 1)
 
-    @property
-    def micro_batch(self) -> int:
-        """Images that go through at a time on a processor."""
-        return 64 if self.dim <= 48 else 32
-
     def features(self, x: Tensor) -> Tensor:
         """Return (n, 4·third): mean and max over pixels, each as mean and max over the views."""
-        x = torch.relu(self.stem(x[:, : self.channels]))
+        x = torch.relu_(self.stem(x[:, : self.channels]))
         a, b, c, d, e = self.blocks
-        x = torch.relu(x + a(x))
-        x = torch.relu(b(avg_pool2d(x, 2)))
-        x = torch.relu(x + c(x))
-        x = torch.relu(d(avg_pool2d(x, 2)))
-        x = torch.relu(x + e(x))
+        x = torch.relu_(a(x).add_(x))
+        x = torch.relu_(b(avg_pool2d(x, 2)))
+        x = torch.relu_(c(x).add_(x))
+        x = torch.relu_(d(avg_pool2d(x, 2)))
+        x = torch.relu_(e(x).add_(x))
         maps = x.flatten(2)
         pooled = torch.cat([maps.mean(2), maps.amax(2)], dim=1)
         views = pooled.reshape(len(x), -1, ORDER)

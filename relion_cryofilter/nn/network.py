@@ -22,9 +22,6 @@ class Network(nn.Module, ABC):
         Input is (n, channels, dim, dim); further channels are ignored.
     feature_count : int
         Length of the feature vector.
-    micro_batch : int
-        Images that go through at a time on a processor: few enough for its caches, and below
-        the 32 MiB of activations where malloc turns to mmap and speed halves.
     equivariant : bool
         Whether the eight flips and quarter turns of an image give the same logit, exactly.
     kwargs : dict
@@ -41,7 +38,11 @@ class Network(nn.Module, ABC):
 
     @property
     def micro_batch(self) -> int:
-        """Images that go through at a time on a processor."""
+        """How many images go through at a time on a processor.
+
+        Few enough for its caches, and below the 32 MiB of activations where malloc turns to mmap
+        and speed halves.
+        """
         return 32 if self.dim <= 48 else 16
 
     @property

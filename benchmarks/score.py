@@ -1,0 +1,235 @@
+"""How fast particles are scored: against reading the same bytes, and against the 2020 program.
+
+    python benchmarks/score.py --work FOLDER [--n 20000] [--box 256] [--j 2] [--only TEXT]
+
+Makes stacks of noise (20,000 images of 256 x 256 px are 5.2 GB, and half that as float16), then
+runs each line in a process of its own. CPU seconds are user and system time of all threads
+from the first batch to the last. "2020" is that program's algorithm on part of the same images:
+scikit-image's blur, resize and Roberts cross, its network in torch, batches of 32, one image
+after the other; eight views in turn with TTA. Reading is the package's own reader and nothing
+else, in the same process just before; cold lines drop the files from the page cache first.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+PER_STACK = 500
+OF_2020 = 600
+SHARE = 10  # a tenth of the images for the slow lines
+
+
+def lines_of(options: argparse.Namespace) -> list[dict[str, object]]:
+    """Return what to measure."""
+    lines: list[dict[str, object]] = []
+    for model in ("default", "straight 28", "roberts 28", "straight 64"):
+        for tta in (False, True):
+            lines.append({"model": model, "tta": tta, "images": "float32", "precision": "float32"})
+        lines.append({"model": model, "tta": False, "images": "float32", "precision": "bf16"})
+    lines += [
+        {"model": "default", "tta": False, "images": "float16", "precision": "float32"},
+        {"model": "default", "tta": False, "images": "float16", "precision": "bf16"},
+        {"model": "default", "tta": False, "images": "float32", "precision": "float32",
+         "threads": 1},
+        {"model": "default", "tta": False, "images": "float32", "precision": "float32",
+         "cold": True},
+        {"model": "default", "tta": False, "images": "float32", "precision": "bf16", "cold": True},
+    ]  # fmt: skip
+    usual = {"threads": options.j, "cold": False, "work": str(options.work)}
+    return [{**usual, **line} for line in lines]
+
+
+def make(folder: Path, n: int, box: int) -> None:
+    """Write float32 and float16 stacks, unless they are there."""
+    from relion_cryofilter.data.stacks import read_header
+
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(PER_STACK, box, box)).astype(np.float32)
+    for kind, mode in (("float32", 2), ("float16", 12)):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        for number in range(n // PER_STACK):
+            path = folder / kind / f"{number:04d}.mrcs"
+            if path.exists() and read_header(path).n_complete == PER_STACK:
+                continue
+            header = np.zeros(256, "<i4")
+            header[:4] = box, box, PER_STACK, mode
+            header[7:10] = box, box, 1
+            data = np.roll(images, number, axis=0).astype(kind)
+            path.write_bytes(header.tobytes() + data.tobytes())
+
+
+def cpu() -> float:
+    """Return CPU seconds of this process, all threads."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def clocked(work: Callable[[], None]) -> tuple[float, float]:
+    """Return wall and CPU seconds."""
+    wall, used = time.perf_counter(), cpu()
+    work()
+    return time.perf_counter() - wall, cpu() - used
+
+
+def measure(line: dict[str, object]) -> dict[str, float]:
+    """Read, score and score as in 2020, in this process."""
+    import torch
+
+    from relion_cryofilter.data.bad_images import check_stacks
+    from relion_cryofilter.data.particles import particles_of_stacks
+    from relion_cryofilter.nn.pipeline import map_batches
+    from relion_cryofilter.nn.scoring import score_particles
+    from relion_cryofilter.progress import Progress
+
+    paths = sorted((Path(str(line["work"])) / str(line["images"])).glob("*.mrcs"))
+    fast = line["model"] == "default" and not line["tta"]
+    paths = paths if fast else paths[: max(1, len(paths) // SHARE)]
+    particles, model = particles_of_stacks(paths), model_of(line)
+    headers, _ = check_stacks(particles)
+    threads = int(str(line["threads"]))
+    rows = np.arange(len(particles))
+
+    def read() -> None:
+        for _ in map_batches(lambda images: None, particles, rows, headers, threads=threads):
+            pass
+
+    def score() -> None:
+        score_particles(
+            particles, [model], Progress(len(rows), "particles"), threads=threads,
+            tta=bool(line["tta"]),
+        )  # fmt: skip
+
+    warm = particles.take(rows[:64])
+    score_particles(warm, [model], Progress(64, "particles"), tta=bool(line["tta"]))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forget(paths, bool(line["cold"]))
+    reading, _ = clocked(read)
+    forget(paths, bool(line["cold"]))
+    wall, used = clocked(score)
+    n = len(rows)
+    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    found = {"rate": n / wall, "of_reading": reading / wall, "per_cpu": n / used, "mb": more / 1024}
+    if line["images"] == "float32" and not line["cold"] and threads > 1:
+        torch.set_num_threads(1)
+        found["old_per_cpu"] = rate_of_2020(paths[0], str(line["model"]), bool(line["tta"]))
+    return found
+
+
+def forget(paths: list[Path], cold: bool) -> None:
+    """Drop files from the page cache."""
+    if cold:
+        for path in paths:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def model_of(line: dict[str, object]):
+    """Return the model of a line, in its precision."""
+    from dataclasses import replace
+
+    import torch
+
+    from relion_cryofilter.commands.models import BUNDLED_MODEL, PRECISIONS
+    from relion_cryofilter.nn.checkpoint import Model, load_model
+    from relion_cryofilter.nn.networks import build_network
+    from relion_cryofilter.nn.preprocess import BlurResize
+
+    precision = PRECISIONS[str(line["precision"])]
+    if line["model"] == "default":
+        return replace(load_model(BUNDLED_MODEL), precision=precision)
+    name, dim = str(line["model"]).split()
+    torch.manual_seed(0)
+    network = build_network(name, f=32, dim=int(dim))
+    recipe = BlurResize(int(dim), roberts=name == "roberts")
+    return Model(network, recipe, threshold=0.5, precision=precision)
+
+
+def rate_of_2020(path: Path, model: str, tta: bool) -> float:
+    """Return particles a CPU second of the 2020 algorithm; the default is held to roberts."""
+    import mrcfile
+    import torch
+    from skimage.filters import gaussian, roberts
+    from skimage.transform import resize
+
+    from relion_cryofilter.nn.networks import build_network
+    from relion_cryofilter.nn.preprocess import d4_views
+
+    name, dim = model.split() if " " in model else ("roberts", "28")
+    network, size = build_network(name, f=32, dim=int(dim)).eval(), int(dim)
+    with mrcfile.mmap(path, permissive=True) as file:
+        raw = file.data[: OF_2020 // (4 if tta else 1)]
+
+    def prepare(image: np.ndarray) -> np.ndarray:
+        small = resize(gaussian(image, sigma=3), (size, size))
+        maps = [small, roberts(small)] if network.channels > 1 else [small]
+        return np.stack([(one - one.mean()) / one.std() for one in maps]).astype(np.float32)
+
+    def score() -> None:
+        with torch.inference_mode():
+            for first in range(0, len(raw), 32):
+                maps = torch.from_numpy(np.stack([prepare(one) for one in raw[first : first + 32]]))
+                views = list(d4_views(maps)) if tta else [maps]
+                torch.stack([torch.sigmoid(network(view.contiguous())) for view in views]).mean(0)
+
+    _, used = clocked(score)
+    return len(raw) / used
+
+
+def main() -> None:
+    """Make the data, run every line, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--n", type=int, default=20_000)
+    parser.add_argument("--box", type=int, default=256)
+    parser.add_argument("--j", type=int, default=2)
+    parser.add_argument("--only", default="", help="Only lines that hold this text.")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/score.md"))
+    parser.add_argument("--line", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.line:
+        print(json.dumps(measure(json.loads(options.line))))
+        return
+    make(options.work, options.n, options.box)
+    import torch
+
+    rows = []
+    for line in lines_of(options):
+        if options.only not in json.dumps(line):
+            continue
+        command = [sys.executable, __file__, "--work", str(options.work), "--line"]
+        done = subprocess.run([*command, json.dumps(line)], check=True, capture_output=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        old = found.get("old_per_cpu")
+        rows.append(
+            f"| {line['model']} | {line['images']} | {line['precision']} | "
+            f"{'yes' if line['tta'] else 'no'} | {line['threads']} | "
+            f"{'cold' if line['cold'] else 'warm'} | {found['rate']:,.0f} | "
+            f"{found['per_cpu']:,.0f} | {found['of_reading']:.2f} | {found['mb']:,.0f} | "
+            + (f"{old:,.0f} | {found['per_cpu'] / old:.1f} |" if old else "| |")
+        )
+        print(rows[-1], flush=True)
+    head = (
+        f"# Speed of scoring\n\nMade by `benchmarks/score.py`: {options.n:,} images of "
+        f"{options.box} x {options.box} px (a tenth of them for TTA and the 2020 networks), torch "
+        f"{torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}, "
+        f"{os.cpu_count()} cores. Each line is one run; ratios are of that run.\n\n"
+        "| model | images | precision | TTA | threads | cache | particles/s | per CPU second | "
+        "rate / reading's | MB more | 2020: per CPU second | times 2020 |\n" + "|---" * 12 + "|\n"
+    )
+    if not options.only:
+        options.out.write_text(head + "\n".join(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()
