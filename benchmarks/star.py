@@ -18,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-LABELS = (
+LABELS = (  # noqa: SIM905
     "CoordinateX CoordinateY AutopickFigureOfMerit ClassNumber AnglePsi ImageName MicrographName "
     "OpticsGroup CtfMaxResolution CtfFigureOfMerit DefocusU DefocusV DefocusAngle CtfBfactor "
     "CtfScalefactor PhaseShift GroupNumber AngleRot AngleTilt OriginXAngst OriginYAngst "
     "NormCorrection LogLikeliContribution MaxValueProbDistribution NrOfSignificantSamples "
     "RandomSubset GroupName BeamTiltClass HelicalTubeID AnglePsiPrior"
-).split()  # noqa: SIM905
+).split()
 PER_MICROGRAPH = 200
 HEAD = """
 # version 30001
