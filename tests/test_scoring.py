@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import making
 import numpy as np
 import pytest
@@ -9,9 +12,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relion_cryofilter.data.particles import read_particles
+from relion_cryofilter.commands.models import BUNDLED_MODEL
+from relion_cryofilter.data.particles import particles_of_stacks, read_particles
 from relion_cryofilter.data.stacks import read_header
 from relion_cryofilter.errors import Aborted, ImageError
+from relion_cryofilter.nn.checkpoint import load_model
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.scoring import score_particles
 from relion_cryofilter.progress import Progress
@@ -142,3 +147,30 @@ def test_asking_for_a_gpu_that_is_not_there_warns_and_uses_the_processor(caplog,
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     assert choose_devices([0]) == [torch.device("cpu")]
     assert "no CUDA GPU" in caplog.text
+
+
+@pytest.mark.parametrize("offset", [0.0, 3000.0])
+def test_bfloat16_moves_scores_by_a_hundredth_at_most_or_little_more(tmp_path, monkeypatch, offset):
+    """Also of images whose mean is far from 0, where bfloat16 alone would see nothing."""
+    monkeypatch.chdir(tmp_path)
+    images = making.blobs(300, 64) + np.float32(offset)
+    images[7] = offset
+    making.write_stack(tmp_path / "a.mrcs", images)
+    model = load_model(BUNDLED_MODEL)
+    particles = particles_of_stacks([Path("a.mrcs")])
+    found = [
+        score_particles(
+            particles, [replace(model, precision=dtype)], Progress(300, "particles"), skip_bad=True
+        )
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert found[0].values.std() > 0.1
+    assert np.abs(found[1].values - found[0].values).max() < 0.015
+    assert [one.bad.rows.tolist() for one in found] == [[7], [7]]
+
+
+def test_bfloat16_scores_do_not_depend_on_the_batch(project):
+    path = project / "Extract/job001/particles.star"
+    model = replace(making.tiny_model(), precision=torch.bfloat16)
+    first = run(path, model).values
+    assert np.array_equal(run(path, model, batch_size=5, threads=2).values, first)

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from relion_cryofilter.data import star_layout
+from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.data.star import (
     columns,
     particle_loop,
@@ -236,3 +238,43 @@ def test_two_hundred_thousand_random_rows_come_back(tmp_path):
     labels = "".join(f"_rlnX{i} #{i + 2}\n" for i in range(6))
     text = "data_particles\n\nloop_\n_rlnImageName #1\n" + labels + "".join(rows) + "\n"
     assert without_score(scored(tmp_path / "big.star", text)) == text.encode()
+
+
+ROWS = [f"{n + 1:06d}@stack_{n // 7}.mrcs {300 + n} \n" for n in range(200)]
+ODD_ROWS = {
+    "plain rows": {},
+    "a quoted value": {77: "'000078@a b.mrcs' 5 \n"},
+    "a comment": {120: "000121@c.mrcs 5 # bad ice\n"},
+    "tabs": {3: "000004@c.mrcs\t5\n"},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_ROWS, ids=str)
+@pytest.mark.parametrize("last", ["", " \n", "\ndata_more\n\nloop_\n_rlnB #1\n1\n2\n"])
+def test_a_file_is_the_same_read_in_small_pieces_and_at_once(tmp_path, monkeypatch, odd, last):
+    lines = [ODD_ROWS[odd].get(number, row) for number, row in enumerate(ROWS)]
+    text = HEAD + "".join(lines) + last
+    found = []
+    for size in (1 << 22, 64, 1):
+        monkeypatch.setattr(star_layout, "CHUNK_BYTES", size)
+        out = scored(tmp_path / "a.star", text)
+        star = read_star(tmp_path / "a.star")
+        loop = particle_loop(star)
+        found.append((star, list(columns(star, loop, loop.labels)), out))
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+    assert len(found[0][1]) == 200
+
+
+def test_two_rows_whose_faults_make_up_for_each_other_are_refused(tmp_path):
+    (tmp_path / "a.star").write_text(HEAD + "1@a.mrcs 300\n2@a.mrcs\n3@a.mrcs 300 300\n\n")
+    star = read_star(tmp_path / "a.star")
+    with pytest.raises(StarError, match=r"line 7: 1 values, but data_particles has 2 labels"):
+        list(columns(star, particle_loop(star), ["rlnVoltage"]))
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "1.0", "", "²", "9999999999"])
+def test_a_wrong_image_number_among_many_is_named_with_its_line(tmp_path, number):
+    (tmp_path / "a.star").write_text(HEAD + "".join(ROWS[:50]) + f"{number}@a.mrcs 1\n")
+    with pytest.raises(StarError, match=r"line 56: the image name is"):
+        read_particles(tmp_path / "a.star")

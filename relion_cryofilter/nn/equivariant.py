@@ -157,14 +157,18 @@ class D4(Network):
         self.head = nn.Linear(self.feature_count, 1)
 
     def features(self, x: Tensor) -> Tensor:
-        """Return (n, 4·third): mean and max over pixels, each as mean and max over the views."""
-        x = torch.relu_(self.stem(x[:, : self.channels]))
+        """Return (n, 4·third): mean and max over pixels, each as mean and max over the views.
+
+        Under autocast only the convolutions between the sums are in reduced precision.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = torch.relu_(self.stem(x[:, : self.channels]))
         a, b, c, d, e = self.blocks
-        x = torch.relu_(a(x).add_(x))
+        x = torch.relu_(a(x).float().add_(x))
         x = torch.relu_(b(avg_pool2d(x, 2)))
-        x = torch.relu_(c(x).add_(x))
+        x = torch.relu_(c(x).float().add_(x))
         x = torch.relu_(d(avg_pool2d(x, 2)))
-        x = torch.relu_(e(x).add_(x))
+        x = torch.relu_(e(x).float().add_(x))
         maps = x.flatten(2)
         pooled = torch.cat([maps.mean(2), maps.amax(2)], dim=1)
         views = pooled.reshape(len(x), -1, ORDER)

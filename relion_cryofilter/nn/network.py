@@ -57,7 +57,9 @@ class Network(nn.Module, ABC):
     def forward_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (n,) and features (n, feature_count) of one pass."""
         features = self.features(x)
-        logits: Tensor = self.head(features)
+        with torch.autocast(x.device.type, enabled=False):
+            features = features.float()
+            logits: Tensor = self.head(features)
         return logits.squeeze(1), features
 
     def forward(self, x: Tensor) -> Tensor:

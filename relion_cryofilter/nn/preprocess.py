@@ -283,7 +283,7 @@ def _shrink(
 
 
 def _shrink_centred(images: Tensor, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return A_y @ X @ A_x.T by products in `dtype`, about the mean of every eighth line.
+    """Return A_y @ X @ A_x.T, the larger product in `dtype`, about the mean of every eighth line.
 
     Few digits would be lost on an image whose mean is large; the operators' rows sum to one, so
     the mean can be put back.
@@ -293,7 +293,7 @@ def _shrink_centred(images: Tensor, rows: Tensor, columns: Tensor, dtype: torch.
     centred = torch.empty(images.shape, dtype=dtype, device=images.device)
     torch.sub(images, mean, out=centred)
     across = (centred.view(-1, nx) @ columns.to(dtype).t()).view(n, ny, -1)
-    return torch.matmul(rows.to(dtype), across).float() + mean
+    return torch.matmul(rows, across.float()) + mean
 
 
 def _standardise(maps: Tensor) -> Tensor:
