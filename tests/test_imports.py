@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -39,3 +41,10 @@ def test_only_the_front_doors_print():
         calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
         prints = [c for c in calls if isinstance(c.func, ast.Name) and c.func.id == "print"]
         assert path.name in doors or not prints, f"{path.name} prints"
+
+
+def test_scoring_starts_without_packages_that_only_training_needs():
+    """They take a second or two to import."""
+    code = "import sys, relion_cryofilter.commands.score; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"sklearn", "scipy", "pandas", "matplotlib"} & set(done.stdout.split())

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from sklearn.model_selection import StratifiedGroupKFold
 
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.errors import CryoFilterError
@@ -100,6 +99,8 @@ class Split:
         number = min(max(count, usual), int(fewest))
         found = []
         if number >= count:
+            from sklearn.model_selection import StratifiedGroupKFold  # slow to import
+
             folds = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
             for train, validation in folds.split(rows, labels[rows], groups):
                 if len(set(labels[rows[validation]].tolist())) == 2:

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, stdtrit
 
 Floats = NDArray[np.float64]
 
@@ -195,5 +194,7 @@ def intervals(values: Floats, drawn: list[Floats], n_groups: int) -> list[Interv
 
 def expanded_tail(n_groups: int) -> float:
     """Return the share of resamples below a 95 % interval: 0.025 of many groups, less of few."""
+    from scipy.special import ndtr, stdtrit  # slow to import
+
     quantile = stdtrit(n_groups - 1, OUTSIDE_INTERVAL / 2)
     return float(ndtr(quantile * np.sqrt(n_groups / (n_groups - 1))))
