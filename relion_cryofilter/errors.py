@@ -19,6 +19,10 @@ class StarError(CryoFilterError):
     """A STAR file is refused: the message names the file, the line and the cure."""
 
 
+class CryoSparcError(CryoFilterError):
+    """A file of CryoSPARC, or its server, can't be used."""
+
+
 class ImageError(CryoFilterError):
     """Particle images are missing, truncated, blank or hold NaN."""
 

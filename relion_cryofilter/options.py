@@ -52,8 +52,9 @@ class JobOptions(Options):
 
     o: Path | None = option("Folder for the results, e.g. External/job012/.", "path")
     in_parts: Path | None = option(
-        "Particles: a RELION particles.star (to train and measure: of a Select job).", "path"
-    )
+        "Particles: a RELION particles.star (to train and measure: of a Select job), or a "
+        "CryoSPARC .cs or .csg.", "path",
+    )  # fmt: skip
     j: int | None = option("Threads; all cores of this process if not given.", "integer", low=1)
 
     @property
@@ -109,6 +110,12 @@ class ScoreOptions(ModelOptions):
     """Score particles and sort them into accepted and rejected."""
 
     mrc: tuple[Path, ...] = option("Plain image stacks instead of a STAR file.", "paths", ())
+    passthrough: Path | None = option(
+        "For a CryoSPARC .cs file: the passthrough .cs with the particles' other fields.", "path"
+    )
+    project_dir: Path | None = option(
+        "For a CryoSPARC .cs file: the project's folder, if the file is not in it.", "path"
+    )
     out_file: Path | None = option("Where to write scores.csv; in --o if not given.", "path")
     features: bool = option("Also write features.npy, one row a particle.", "flag", False)
     rescore: bool = option(
@@ -125,8 +132,8 @@ class ScoreOptions(ModelOptions):
 class LabelOptions(Options):
     """Where labels come from."""
 
-    pos: tuple[Path, ...] = option("STAR files and stacks of good particles.", "paths", ())
-    neg: tuple[Path, ...] = option("STAR files and stacks of bad particles.", "paths", ())
+    pos: tuple[Path, ...] = option("STAR or .cs files and stacks of good particles.", "paths", ())
+    neg: tuple[Path, ...] = option("STAR or .cs files and stacks of bad particles.", "paths", ())
     pos_classes: tuple[int, ...] = option(
         "Good classes of --in_parts …_data.star, e.g. 1,4,7.", "integers", ()
     )

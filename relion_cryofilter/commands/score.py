@@ -20,17 +20,17 @@ from relion_cryofilter.commands.models import (
     resolve_threshold,
 )
 from relion_cryofilter.commands.subsets import (
-    ACCEPTED,
-    ALL,
-    REJECTED,
     describe_counts,
     refuse_to_overwrite,
+    result_names,
+    table_of,
     warn_if_none,
     write_all_with_scores,
 )
 from relion_cryofilter.data import score_cache
 from relion_cryofilter.data.bad_images import BadImages
-from relion_cryofilter.data.particles import ParticleSet, particles_of_stacks, read_particles
+from relion_cryofilter.data.cryosparc_particles import read_particle_file
+from relion_cryofilter.data.particles import ParticleSet, particles_of_stacks
 from relion_cryofilter.data.score_cache import ScoreCache
 from relion_cryofilter.data.star_labels import SCORE_LABEL
 from relion_cryofilter.errors import UsageError
@@ -97,11 +97,9 @@ def score(
     accepted[scores.bad.rows] = False
     warn_if_none(accepted, values, threshold)
     outputs: tuple[Output, ...] = ()
-    if places.star is not None and particles.star is not None and particles.loop is not None:
-        label = options.score_label
-        outputs = write_all_with_scores(
-            places.star, particles.star, particles.loop, accepted, label, values
-        )
+    table = table_of(particles, options.score_label)
+    if places.star is not None and table is not None:
+        outputs = write_all_with_scores(places.star, table, accepted, values)
         _remove_stale(places.star, options, scores.bad)
     _write_scores_csv(places.csv, scores.values)
     if len(scores.bad):
@@ -142,11 +140,12 @@ def _places(options: ScoreOptions) -> _Places:
         raise UsageError("Say where the results go: --o FOLDER/, or --out_file scores.csv.")
     csv = options.out_file or Path(options.o or "") / SCORES_CSV
     extras = options.o or csv.parent
-    names = (FEATURES, BAD_IMAGES, *((ALL, ACCEPTED, REJECTED) if options.o else ()))
+    names = (FEATURES, BAD_IMAGES, *(result_names() if options.o else ()))
     others = [extras / name for name in names]
     if csv.is_dir() or os.path.realpath(csv) in map(os.path.realpath, others):
         raise UsageError(f"--out_file {csv} is a folder or another result. Name a .csv file.")
-    refuse_to_overwrite((options.in_parts, *options.weights, *options.mrc), (csv, *others))
+    sources = (options.in_parts, options.passthrough, *options.weights, *options.mrc)
+    refuse_to_overwrite(sources, (csv, *others))
     return _Places(options.o, csv, extras)
 
 
@@ -184,7 +183,7 @@ def _read_input(options: ScoreOptions) -> ParticleSet:
         return particles_of_stacks(options.mrc)
     if options.in_parts.suffix in (".mrcs", ".mrc"):
         raise UsageError(f"{options.in_parts} is an image stack. Give it as --mrc, not --in_parts.")
-    particles = read_particles(options.in_parts)
+    particles = read_particle_file(options.in_parts, options.passthrough, options.project_dir)
     _check_label(options.score_label)
     return particles
 

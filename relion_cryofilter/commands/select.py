@@ -11,14 +11,16 @@ import numpy as np
 
 from relion_cryofilter.commands import Output
 from relion_cryofilter.commands.subsets import (
-    ACCEPTED,
-    REJECTED,
+    Table,
     describe_counts,
     refuse_to_overwrite,
+    result_names,
     warn_if_none,
     write_accepted_and_rejected,
 )
+from relion_cryofilter.data.cryosparc import CS_SUFFIXES, read_cs
 from relion_cryofilter.data.star import Loop, StarFile, columns, particle_loop, read_star
+from relion_cryofilter.data.star_writing import StarTable
 from relion_cryofilter.errors import ModelError, StarError, UsageError
 from relion_cryofilter.options import SelectOptions
 from relion_cryofilter.results.operating_curve import OperatingCurve, share_interval
@@ -41,10 +43,8 @@ def select(
         raise UsageError(
             "Give --in_parts scored.star, --threshold (0.5, keep=0.6, count=50000 …) and --o DIR/."
         )
-    refuse_to_overwrite([options.in_parts], [options.o / name for name in (ACCEPTED, REJECTED)])
-    star = read_star(options.in_parts)
-    loop = particle_loop(star)
-    scores = read_scores(star, loop, options.score_label)
+    refuse_to_overwrite([options.in_parts], [options.o / name for name in result_names()])
+    table, scores = _read_scored(options.in_parts, options.score_label)
     request = options.threshold
     reason = "as asked" if request.kind == "score" else f"for {request}"
     if request.kind in ("recall", "precision"):
@@ -60,10 +60,20 @@ def select(
         reason += "; particles that tie with the last one are accepted too"
     options.o.mkdir(parents=True, exist_ok=True)
     warn_if_none(accepted, scores, threshold)
-    outputs = write_accepted_and_rejected(options.o, star, loop, accepted)
+    outputs = write_accepted_and_rejected(options.o, table, accepted)
     log.info("Threshold %g (%s): %s.", threshold, reason, describe_counts(accepted))
     log.info("Results are in %s/", options.o)
     return outputs
+
+
+def _read_scored(path: Path, label: str) -> tuple[Table, np.ndarray]:
+    """Return the particles of a scored file and their scores (n,)."""
+    if path.suffix in CS_SUFFIXES:
+        table = read_cs(path)
+        return table, table.scores()
+    star = read_star(path)
+    loop = particle_loop(star)
+    return StarTable(star, loop, label), read_scores(star, loop, label)
 
 
 def read_scores(star: StarFile, loop: Loop, label: str) -> np.ndarray:

@@ -1,17 +1,18 @@
-"""Accepted and rejected particles as STAR files, for `score` and `select`."""
+"""Accepted and rejected particles as files like the input's, for `score` and `select`."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
 from relion_cryofilter.commands import Output
-from relion_cryofilter.data.star import Loop, StarFile
-from relion_cryofilter.data.star_writing import write_scored, write_subsets
+from relion_cryofilter.data.particles import ParticleSet
+from relion_cryofilter.data.star_writing import StarTable
 from relion_cryofilter.errors import UsageError
 
 ALL, ACCEPTED, REJECTED = "particles.star", "particles_accepted.star", "particles_rejected.star"
@@ -19,38 +20,72 @@ ALL, ACCEPTED, REJECTED = "particles.star", "particles_accepted.star", "particle
 log = logging.getLogger("relion_cryofilter")
 
 
+class Table(Protocol):
+    """Particles that can be written again: a STAR file's, or CryoSPARC's."""
+
+    @property
+    def suffix(self) -> str:
+        """End of the names of its files."""
+
+    def write(self, subsets: Mapping[Path, np.ndarray], values: np.ndarray | None = None) -> None:
+        """Write the rows of each mask to its file, with scores (n,) if given."""
+
+    def remove(self, path: Path) -> None:
+        """Remove what an earlier `write` made of `path`."""
+
+
+def table_of(particles: ParticleSet, label: str) -> Table | None:
+    """Return how to write the particles again, None for plain stacks.
+
+    Parameters
+    ----------
+    particles
+        As they were read.
+    label
+        The column of a STAR file for the scores; CryoSPARC's files have one field for them.
+    """
+    if particles.star is not None and particles.loop is not None:
+        return StarTable(particles.star, particles.loop, label)
+    return particles.cs
+
+
+def result_names() -> list[str]:
+    """Return the names of all files that this module may write."""
+    names = [Path(name) for name in (ALL, ACCEPTED, REJECTED)]
+    ends = (".star", ".cs", ".csg", "_passthrough.cs")
+    return [name.stem + end for name in names for end in ends]
+
+
 def write_accepted_and_rejected(
-    folder: Path, star: StarFile, loop: Loop, accepted: np.ndarray
+    folder: Path, table: Table, accepted: np.ndarray
 ) -> tuple[Output, ...]:
-    """Write the two subsets, rows byte for byte."""
-    filled = _filled(folder, {ACCEPTED: accepted, REJECTED: ~accepted})
-    write_subsets(star, loop, {folder / name: mask for name, mask in filled.items()})
-    return tuple(Output(name, "particles") for name in filled)
+    """Write the two subsets as they were read."""
+    return _write(folder, table, {ACCEPTED: accepted, REJECTED: ~accepted}, None)
 
 
 def write_all_with_scores(
-    folder: Path,
-    star: StarFile,
-    loop: Loop,
-    accepted: np.ndarray,
-    label: str,
-    values: np.ndarray,
+    folder: Path, table: Table, accepted: np.ndarray, values: np.ndarray
 ) -> tuple[Output, ...]:
-    """Write the two subsets and the whole set, each row with its score in column `label`."""
+    """Write the two subsets and the whole set, each particle with its score."""
     subsets = {ACCEPTED: accepted, REJECTED: ~accepted, ALL: np.ones_like(accepted)}
-    filled = _filled(folder, subsets)
-    files = {folder / name: mask for name, mask in filled.items()}
-    write_scored(star, loop, label, values, files)
-    return tuple(Output(name, "particles") for name in filled)
+    return _write(folder, table, subsets, values)
 
 
-def _filled(folder: Path, subsets: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Leave out empty subsets (relion_refine crashes on one) and remove their older files."""
+def _write(
+    folder: Path, table: Table, subsets: dict[str, np.ndarray], values: np.ndarray | None
+) -> tuple[Output, ...]:
+    """Write the subsets; leave out empty ones (relion_refine crashes on them)."""
+    filled = {}
     for name, mask in subsets.items():
-        if not mask.any():
-            (folder / name).unlink(missing_ok=True)
-            log.warning("No particles for %s, so it is not written.", name)
-    return {name: mask for name, mask in subsets.items() if mask.any()}
+        path = (folder / name).with_suffix(table.suffix)
+        if mask.any():
+            filled[path] = mask
+            continue
+        table.remove(path)
+        log.warning("No particles for %s, so it is not written.", path.name)
+    table.write(filled, values)
+    outputs = tuple(Output(path.name, "particles") for path in filled)
+    return outputs if table.suffix == ".star" else ()
 
 
 def refuse_to_overwrite(sources: Iterable[Path | None], results: Iterable[Path]) -> None:

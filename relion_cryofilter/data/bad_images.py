@@ -6,6 +6,7 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,9 +108,10 @@ def check_stacks(particles: ParticleSet) -> tuple[list[StackHeader | None], BadI
     headers: list[StackHeader | None] = []
     problems: list[str] = []
     needed = np.bincount(particles.stack_of, minlength=len(particles.stacks)) > 0
-    for path, wanted in zip(particles.stacks, needed.tolist()):
+    inverted = particles.inverted or (False,) * len(particles.stacks)
+    for path, wanted, dark in zip(particles.stacks, needed.tolist(), inverted):
         try:
-            headers.append(read_header(path) if wanted else None)
+            headers.append(replace(read_header(path), inverted=dark) if wanted else None)
             problems.append("")
         except ImageError as error:
             headers.append(None)

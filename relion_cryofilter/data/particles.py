@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.data import star as star_text
+from relion_cryofilter.data.cryosparc import CsTable
 from relion_cryofilter.data.optics import (
     OpticsGroup,
     group_name,
@@ -60,6 +61,10 @@ class ParticleSet:
         Whether the input names micrographs.
     star, loop
         The STAR file and its particle loop; None for plain stacks and for parts of sets.
+    inverted
+        For each stack, whether protein is dark in it; empty if it is nowhere.
+    cs
+        The CryoSPARC table, likewise.
     """
 
     source: str
@@ -74,6 +79,8 @@ class ParticleSet:
     has_micrographs: bool = False
     star: StarFile | None = None
     loop: Loop | None = None
+    inverted: tuple[bool, ...] = ()
+    cs: CsTable | None = None
 
     def __len__(self) -> int:
         return len(self.stack_of)
@@ -92,6 +99,7 @@ class ParticleSet:
             optics_of=self.optics_of[rows],
             star=None,
             loop=None,
+            cs=None,
         )
 
     def place(self, row: int) -> str:
@@ -212,14 +220,17 @@ def concatenate(sets: Sequence[ParticleSet]) -> ParticleSet:
     their names, optics groups by their set.
     """
     stacks, micrographs = _Names(), _Names()
-    paths: list[tuple[str, Path]] = []
+    paths: list[tuple[str, Path, bool]] = []
     parts: list[list[np.ndarray]] = [[], [], [], []]
     n_optics = 0
     for item in sets:
-        numbers = [stacks[os.path.realpath(path)] for path in item.stacks]
-        for number, pair in zip(numbers, zip(item.stack_names, item.stacks)):
+        inverted = item.inverted or (False,) * len(item.stacks)
+        numbers = [
+            stacks[f"{os.path.realpath(path)} {dark}"] for path, dark in zip(item.stacks, inverted)
+        ]
+        for number, stack in zip(numbers, zip(item.stack_names, item.stacks, inverted)):
             if number == len(paths):
-                paths.append(pair)
+                paths.append(stack)
         mics = [micrographs[name] for name in item.micrographs]
         parts[0].append(np.array(numbers, np.int32)[item.stack_of])
         parts[1].append(item.index)
@@ -229,8 +240,8 @@ def concatenate(sets: Sequence[ParticleSet]) -> ParticleSet:
     stack_of, index, micrograph_of, optics_of = (np.concatenate(part) for part in parts)
     return ParticleSet(
         source=", ".join(item.source for item in sets),
-        stacks=tuple(path for _, path in paths),
-        stack_names=tuple(name for name, _ in paths),
+        stacks=tuple(path for _, path, _ in paths),
+        stack_names=tuple(name for name, _, _ in paths),
         stack_of=stack_of,
         index=index,
         micrographs=tuple(micrographs),
@@ -238,6 +249,7 @@ def concatenate(sets: Sequence[ParticleSet]) -> ParticleSet:
         optics=tuple(group for item in sets for group in item.optics),
         optics_of=optics_of,
         has_micrographs=any(item.has_micrographs for item in sets),
+        inverted=tuple(dark for _, _, dark in paths),
     )
 
 

@@ -36,7 +36,7 @@ class _Record:
     """Scores of images of one stack: 0-based places (k,) and scores (k,)."""
 
     stack: str
-    identity: tuple[int, int]
+    identity: tuple[int, ...]
     places: np.ndarray
     scores: np.ndarray
 
@@ -76,7 +76,8 @@ class ScoreCache:
         self.path = folder / own
         self._first_line = json.dumps({"format": _FORMAT, "key": key}).encode() + b"\n"
         self._particles = particles
-        self._identities = [_identity(path) for path in particles.stacks]
+        inverted = particles.inverted or (False,) * len(particles.stacks)
+        self._identities = list(map(_identity, particles.stacks, inverted))
         self._numbers = {name: n for n, name in enumerate(particles.stack_names)}
         self._lock = threading.Lock()
         self.values = self._known(sorted(folder.glob(f"{NAME}*{SUFFIX}")))
@@ -153,10 +154,13 @@ def _whole_records(file: BinaryIO) -> Generator[_Record, None, int]:
         yield _Record.from_bytes(body)
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Return size and time of change (ns) of a stack; None if it is missing."""
+def _identity(path: Path, inverted: bool) -> tuple[int, ...] | None:
+    """Return size and time of change (ns) of a stack, and a mark if it is turned over when read.
+
+    None if it is missing.
+    """
     try:
         found = path.stat()
     except OSError:
         return None
-    return found.st_size, found.st_mtime_ns
+    return (found.st_size, found.st_mtime_ns, *([-1] if inverted else []))

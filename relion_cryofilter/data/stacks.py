@@ -40,6 +40,8 @@ class StackHeader:
         Number of images that the file is long enough to hold.
     pixel_size_angstrom
         Å/px; None where the header says 0 or 1, which writers use for "not known".
+    inverted
+        Whether protein is dark in the images, so that they are to be turned over.
     """
 
     path: Path
@@ -50,6 +52,7 @@ class StackHeader:
     data_offset: int
     n_complete: int
     pixel_size_angstrom: float | None
+    inverted: bool = False
 
     @property
     def image_bytes(self) -> int:
@@ -125,7 +128,7 @@ class Run:
 class BatchPlan:
     """One batch to read: the input rows it serves and the runs that hold their images.
 
-    All images of a batch have one size and one stored type.
+    All images of a batch have one size, one stored type and one contrast.
     """
 
     rows: np.ndarray
@@ -158,7 +161,7 @@ def plan_batches(
     batch_size
         Most images in a batch.
     """
-    kinds = [(h.ny, h.nx, h.dtype.str) if h else (0, 0, "") for h in headers]
+    kinds = [(h.ny, h.nx, h.dtype.str, h.inverted) if h else (0, 0, "", False) for h in headers]
     numbers = {kind: number for number, kind in enumerate(sorted(set(kinds)))}
     kind_of_stack = np.array([numbers[kind] for kind in kinds], np.int32)
     order = np.lexsort((index[rows], stack_of[rows], kind_of_stack[stack_of[rows]]))
@@ -210,7 +213,8 @@ class StackReader:
         -------
         numpy.ndarray
             (n, ny, nx) in native byte order: float32, float16, int8 or int16 as stored, uint16 as
-            float32. Good until the next call.
+            float32. Good until the next call. Images of inverted stacks are turned over (those of
+            whole numbers as float32).
 
         Raises
         ------
@@ -226,7 +230,10 @@ class StackReader:
         images = values.reshape(plan.shape)
         if not dtype.isnative:
             images = images.byteswap(inplace=True).view(dtype.newbyteorder("="))
-        return images.astype(np.float32) if dtype.kind == "u" else images
+        inverted = plan.runs[0].stack.inverted
+        if dtype.kind == "u" or (inverted and dtype.kind == "i"):
+            images = images.astype(np.float32)
+        return np.negative(images, out=images) if inverted else images
 
     @staticmethod
     def _read_runs(runs: Sequence[Run], view: memoryview) -> None:

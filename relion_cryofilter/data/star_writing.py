@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import compress, islice
 from pathlib import Path
 
@@ -14,6 +15,35 @@ import numpy as np
 
 from relion_cryofilter.data.star import TOKEN, Loop, StarFile, row_chunks
 from relion_cryofilter.files import replacing
+
+
+@dataclass(frozen=True)
+class StarTable:
+    """The particles of a STAR file, to be written again.
+
+    Attributes
+    ----------
+    star, loop
+        The file and its particle loop.
+    label
+        The column for scores.
+    """
+
+    star: StarFile
+    loop: Loop
+    label: str
+    suffix: str = ".star"
+
+    def write(self, subsets: Mapping[Path, np.ndarray], values: np.ndarray | None = None) -> None:
+        """Write the rows of each mask to its file, with the scores `values` (n,) if given."""
+        if values is None:
+            write_subsets(self.star, self.loop, subsets)
+        else:
+            write_scored(self.star, self.loop, self.label, values, subsets)
+
+    def remove(self, path: Path) -> None:
+        """Remove what an earlier `write` made of `path`."""
+        path.unlink(missing_ok=True)
 
 
 def write_scored(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from relion_cryofilter.data.cryosparc import CS_SUFFIXES
+from relion_cryofilter.data.cryosparc_particles import read_particle_file
 from relion_cryofilter.data.labelled import LabelledSet
 from relion_cryofilter.data.particles import (
     ParticleSet,
@@ -20,7 +22,7 @@ from relion_cryofilter.data.particles import (
 from relion_cryofilter.data.project import find_project
 from relion_cryofilter.data.star import StarFile, columns, read_star
 from relion_cryofilter.data.star_labels import CLASS_NUMBER
-from relion_cryofilter.errors import CryoFilterError, StarError, UsageError
+from relion_cryofilter.errors import CryoFilterError, CryoSparcError, StarError, UsageError
 
 STACK_SUFFIXES = (".mrcs", ".mrc", ".st")
 
@@ -95,7 +97,7 @@ def labels_of_classes(
     CryoFilterError
         The file has no classes, a class is on both sides, or no particle is in a named class.
     """
-    particles = read_particles(data_star)
+    particles = read_particle_file(data_star)
     classes = _class_numbers(particles)
     present = Counter(classes.tolist())
     both = sorted(set(positive) & set(negative))
@@ -134,7 +136,8 @@ def labels_of_files(positive: Sequence[Path], negative: Sequence[Path]) -> Label
 
 
 def _read(path: Path) -> ParticleSet:
-    return particles_of_stacks([path]) if path.suffix in STACK_SUFFIXES else read_particles(path)
+    stack = path.suffix in STACK_SUFFIXES
+    return particles_of_stacks([path]) if stack else read_particle_file(path)
 
 
 def _checked(particles: ParticleSet, labels: np.ndarray, notes: Sequence[str]) -> LabelledSet:
@@ -166,6 +169,11 @@ def _classified_particles(folder: Path, particles_star: Path) -> Path:
         raise UsageError(f"--in_parts {particles_star} does not exist (in {Path.cwd()}).")
     if particles_star.suffix in STACK_SUFFIXES:
         raise UsageError(f"{particles_star} is an image stack; give stacks as --pos and --neg.")
+    if particles_star.suffix in CS_SUFFIXES:
+        raise UsageError(
+            f"{particles_star} tells no labels. Give the two particle outputs of Select 2D as "
+            "--pos particles_selected.cs --neg particles_excluded.cs, or --pos_classes."
+        )
     try:
         job_star = read_star(folder / "job.star")
     except StarError as error:
@@ -235,6 +243,11 @@ def _class_number(path: Path | str, text: str) -> int:
 
 
 def _class_numbers(particles: ParticleSet) -> np.ndarray:
+    if particles.cs is not None:
+        numbers = particles.cs.column("alignments2D/class")
+        if numbers is None:
+            raise CryoSparcError(f"{particles.source}: has no field alignments2D/class.")
+        return numbers.astype(np.int64)
     assert particles.star is not None
     assert particles.loop is not None
     if CLASS_NUMBER not in particles.loop.labels:
