@@ -149,10 +149,11 @@ def _identity(labelled: LabelledSet, start: Start, split: Split, loaded: Loaded)
     stats = [(path, path.stat()) for path in particles.stacks if path.exists()]
     rows = " ".join(particles.image_name(row) for row in range(len(particles)))
     parts = [part.tolist() for part in split.parts.values()]
+    dark = f" inverted {particles.inverted}" if any(particles.inverted) else ""
     return {
         "labels": labelled.fingerprint,
         "rows": short_hash(f"{rows} {parts}"),
-        "stacks": short_hash(" ".join(f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats)),
+        "stacks": short_hash(" ".join(f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats) + dark),
         "images": loaded.images.precision,
         "network": json.dumps(
             [start.network.name, start.network.kwargs, start.preprocess.to_dict()]
