@@ -23,6 +23,12 @@ def option(help_text: str, kind: str, default: Any = None, **limits: Any) -> Any
     return field(default=default, metadata={"help": help_text, "kind": kind, **limits})
 
 
+def same_option(kind: type[Any], name: str) -> Any:
+    """Make a dataclass field that is an option of another mode."""
+    item = kind.__dataclass_fields__[name]
+    return field(default=item.default, metadata=item.metadata)
+
+
 def available_cores() -> int:
     """Return how many cores this process may use; processes of one job share them."""
     if hasattr(os, "sched_getaffinity"):
@@ -226,6 +232,36 @@ class SelectOptions(JobOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CryosparcOptions(Options):
+    """Score particles of a CryoSPARC job in an External job; needs its server."""
+
+    host: str = option("Name of the machine of CryoSPARC's server.", "text", "localhost")
+    port: int = option("The server's base port.", "integer", 39000, low=1, high=65535)
+    email: str | None = option(
+        "Your login. The password comes from the variable CRYOSPARC_PASSWORD; without it, a "
+        "session of `python -m cryosparc.tools login` is used.", "text",
+    )  # fmt: skip
+    license: str | None = option(
+        "License ID, for servers that ask for it; better in the variable CRYOSPARC_LICENSE_ID.",
+        "text",
+    )
+    project: str | None = option("Project, e.g. P3.", "text")
+    workspace: str | None = option("Workspace for the External job, e.g. W1.", "text")
+    particles: str | None = option("Job and output to score, e.g. J42:particles.", "text")
+    title: str = option("Title of the External job.", "text", "CryoFilter")
+    project_dir: Path | None = option(
+        "The project's folder as this machine sees it, if not as the server does.", "path"
+    )
+    o: Path | None = option("Folder to keep the results in too.", "path")
+    weights: tuple[Path, ...] = same_option(ModelOptions, "weights")
+    threshold: ThresholdRequest | None = same_option(ModelOptions, "threshold")
+    skip_bad: bool = same_option(ModelOptions, "skip_bad")
+    any_contrast: bool = same_option(ModelOptions, "any_contrast")
+    gpu: str | None = same_option(ModelOptions, "gpu")
+    j: int | None = same_option(JobOptions, "j")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConvertOptions(Options):
     """Turn Keras weights of the 2020 program into a model file."""
 
@@ -253,6 +289,7 @@ MODES: Mapping[str, type[Options]] = {
     "metrics": MetricsOptions,
     "select": SelectOptions,
     "convert": ConvertOptions,
+    "cryosparc": CryosparcOptions,
     "demo": DemoOptions,
 }
 JOB_MODES = tuple(name for name, kind in MODES.items() if issubclass(kind, JobOptions))

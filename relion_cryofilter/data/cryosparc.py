@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -297,16 +298,15 @@ def _wider(part: tuple[Any, ...], stored: np.dtype[Any]) -> tuple[Any, ...]:
 
 def _cryosparc(name: str) -> ModuleType:
     """Import a module of cryosparc-tools, which few need."""
-    return _optional(name, "cryosparc-tools")
+    return optional(name, "cryosparc-tools")
 
 
 def _yaml() -> Any:
-    return _optional("yaml", "PyYAML")
+    return optional("yaml", "PyYAML")
 
 
-def _optional(name: str, package: str) -> ModuleType:
-    from importlib import import_module
-
+def optional(name: str, package: str) -> ModuleType:
+    """Import a module that only CryoSPARC's users need, or say how to get its package."""
     try:
         return import_module(name)
     except ImportError as error:

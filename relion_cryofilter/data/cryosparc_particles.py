@@ -9,7 +9,7 @@ import numpy as np
 from relion_cryofilter.data.cryosparc import CS_SUFFIXES, HERE, CsTable, folders_above, read_cs
 from relion_cryofilter.data.optics import OpticsGroup
 from relion_cryofilter.data.particles import ParticleSet, read_particles
-from relion_cryofilter.errors import CryoSparcError, ImageError, UsageError
+from relion_cryofilter.errors import CryoSparcError, UsageError
 
 _TRIED = 100
 """So many stacks are looked for before the project's folder is called unknown."""
@@ -50,9 +50,7 @@ def particles_of_cs(table: CsTable, project: Path | None = None) -> ParticleSet:
     Raises
     ------
     CryoSparcError
-        The table does not name images.
-    ImageError
-        None of the stacks is where it should be.
+        The table does not name images, or none of the stacks is where it should be.
     """
     names, stack_of = _numbered([text.removeprefix(HERE) for text in _needed(table, "blob/path")])
     stacks, inverted, stack_of = _by_sign(names, stack_of, table.column("blob/sign"))
@@ -61,7 +59,7 @@ def particles_of_cs(table: CsTable, project: Path | None = None) -> ParticleSet:
     if paths is not None:
         micrographs, micrograph_of = _numbered(list(paths))
     optics, optics_of = _optics(table)
-    root = project or _project_of(table.source, names)
+    root = _project_of(table.source, names, project)
     return ParticleSet(
         source=str(table.source),
         stacks=tuple(root / name for name in stacks),
@@ -125,13 +123,19 @@ def _optics(table: CsTable) -> tuple[tuple[OpticsGroup, ...], np.ndarray]:
     return groups, place.reshape(-1).astype(np.int32)
 
 
-def _project_of(source: Path, names: list[str]) -> Path:
-    """Return the nearest folder above `source`, or the working one, that holds the stacks."""
+def _project_of(source: Path, names: list[str], project: Path | None) -> Path:
+    """Return the project's folder: the named one, or the nearest above `source` with the stacks."""
+    folders = (project,) if project else (*folders_above(source), Path.cwd())
     for name in names[:_TRIED]:
-        for folder in (*folders_above(source), Path.cwd()):
+        for folder in folders:
             if (folder / name).is_file():
                 return folder
-    raise ImageError(
+    if project:
+        raise CryoSparcError(
+            f"{source}: its image stack {names[0]} is not in the project's folder {project}. Check "
+            "that this is its CryoSPARC project, and that links to imported stacks are not broken."
+        )
+    raise CryoSparcError(
         f"{source}: its image stack {names[0]} is in none of the folders above it. Expected the "
         "file in its CryoSPARC project's folder; name that folder with --project_dir, or check "
         "that links to imported stacks are not broken."
