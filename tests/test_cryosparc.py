@@ -285,6 +285,15 @@ def test_a_bad_input_gets_one_sentence_and_leaves_the_job_failed(kind, project, 
     assert [path.name for path in (project / "out").iterdir()] == [FAILURE]
 
 
+def test_a_file_with_very_many_fields_comes_back(project, fields):
+    more = {f"alignments_class_{i}/pose_of_component": fields["ctf/df1_A"] for i in range(400)}
+    path = write_cs(project / "J2/particles.cs", {**fields, **more})
+    table = read_cs(path)
+    table.write({project / "out.cs": np.ones(len(table), bool)}, np.zeros(len(table)))
+    after = np.load(project / "out.cs", max_header_size=1 << 30)
+    assert len(after.dtype.names) == len(fields) + 401
+
+
 def test_a_stack_that_is_gone_is_named(project, fields):
     path = write_cs(project / "J2/particles.cs", fields)
     (project / "Extract/job001/Mics/mic1.mrcs").unlink()

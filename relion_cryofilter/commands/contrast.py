@@ -56,6 +56,7 @@ def refuse_dark(contrast: np.ndarray, clusters: np.ndarray, source: str) -> None
             f"{source}: the particles are darker than what surrounds them; expected: protein "
             "white, as RELION's Extract job makes it with 'Invert contrast? Yes'. The model would "
             "take them for junk. Extract again with that, or turn the images over with "
-            "relion_image_handler --multiply_constant -1. If they are right as they are, "
+            "relion_image_handler --multiply_constant -1 (in CryoSPARC: import them with the "
+            "other data sign). If they are right as they are, "
             "--any_contrast goes on."
         )

@@ -22,6 +22,9 @@ from relion_cryofilter.files import replacing
 
 CS_SUFFIXES = (".cs", ".csg")
 SCORE_FIELD = "cryofilter/score"
+_LONGEST_HEADER = 1 << 30
+"""In bytes; numpy alone takes the headers of files with many fields for an attack."""
+
 HERE = ">"
 """CryoSPARC's mark before a path: relative to what names it, or to the project's folder."""
 
@@ -215,12 +218,15 @@ def load_cs(path: Path) -> CsFile:
     module = _cryosparc("cryosparc.dataset")
     try:
         with path.open("rb") as file:
-            numpy_format = file.read(6) == module.FORMAT_MAGIC_PREFIXES[module.NUMPY_FORMAT]
-        names = [item[0] for item in module.Dataset.inspect(path)["dtype"]]
+            compressed = file.read(6) == module.FORMAT_MAGIC_PREFIXES[module.CSDAT_FORMAT]
+        if compressed:
+            dtype, names = None, [item[0] for item in module.Dataset.inspect(path)["dtype"]]
+        else:
+            dtype = np.load(path, mmap_mode="r", max_header_size=_LONGEST_HEADER).dtype
+            names = list(dtype.names or ())
         if "uid" not in names:
             raise ValueError("it has no field uid")
         dataset = module.Dataset.load(path)
-        dtype = np.load(path, mmap_mode="r").dtype if numpy_format and len(dataset) else None
     except OSError as error:
         raise CryoSparcError(
             f"{path}: can't be read ({error.strerror}). Paths are relative to the working "

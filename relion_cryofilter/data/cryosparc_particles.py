@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from relion_cryofilter.data.cryosparc import CS_SUFFIXES, HERE, CsTable, folders
 from relion_cryofilter.data.optics import OpticsGroup
 from relion_cryofilter.data.particles import ParticleSet, read_particles
 from relion_cryofilter.errors import CryoSparcError, UsageError
+
+log = logging.getLogger("relion_cryofilter")
 
 _TRIED = 100
 """So many stacks are looked for before the project's folder is called unknown."""
@@ -54,6 +57,8 @@ def particles_of_cs(table: CsTable, project: Path | None = None) -> ParticleSet:
     """
     names, stack_of = _numbered([text.removeprefix(HERE) for text in _needed(table, "blob/path")])
     stacks, inverted, stack_of = _by_sign(names, stack_of, table.column("blob/sign"))
+    if any(inverted):
+        log.info("Protein is dark in %d stack(s) (blob/sign -1); turned over.", sum(inverted))
     micrographs, micrograph_of = stacks, stack_of
     paths = table.column("location/micrograph_path")
     if paths is not None:

@@ -51,8 +51,15 @@ def group_name(text: str) -> str:
     return str(int(number)) if number and number == int(number) else text
 
 
-def pixel_size_relion30(star: StarFile, loop: Loop) -> float | None:
-    """Return RELION 3.0's pixel size of the first row: detector pixel (µm) over magnification."""
+def pixel_size_of_rows(star: StarFile, loop: Loop) -> float | None:
+    """Return the pixel size (Å/px) that the first row tells itself, or None.
+
+    RELION 3.0's way is the detector pixel (µm) over the magnification; cryoDRGN and Warp write
+    rlnImagePixelSize or rlnPixelSize among the particles.
+    """
+    for label in (IMAGE_PIXEL_SIZE, "rlnPixelSize"):
+        if label in loop.labels:
+            return _number(next(columns(star, loop, [label]))[0])
     labels = ["rlnDetectorPixelSize", "rlnMagnification"]
     if not all(label in loop.labels for label in labels):
         return None

@@ -17,7 +17,7 @@ from relion_cryofilter.data.cryosparc import CsTable
 from relion_cryofilter.data.optics import (
     OpticsGroup,
     group_name,
-    pixel_size_relion30,
+    pixel_size_of_rows,
     read_optics,
 )
 from relion_cryofilter.data.project import find_project
@@ -145,7 +145,7 @@ def read_particles(path: str | Path) -> ParticleSet:
     star = star_text.read_star(path)
     loop = star_text.particle_loop(star)
     optics_table = read_optics(star)
-    groups = optics_table or {"1": OpticsGroup("1", pixel_size_relion30(star, loop))}
+    groups = optics_table or {"1": OpticsGroup("1", pixel_size_of_rows(star, loop))}
     has_optics = bool(optics_table) and OPTICS_GROUP in loop.labels
     labels = [IMAGE_NAME, _micrograph_label(loop)]
     labels += [OPTICS_GROUP] if has_optics else []
@@ -258,11 +258,12 @@ def project_root(star_path: Path, first_stack: str) -> Path:
 
     RELION's rule is the working directory, which is the project. When run from elsewhere: the
     nearest parent of the STAR file that holds default_pipeline.star, or the STAR file's own
-    folder; the first of these in which the first row's stack exists.
+    folder or one above it (CryoSPARC's project, for csparc2star); the first of these in which the
+    first row's stack exists.
     """
     project = find_project(star_path.parent)
     here = Path()
-    for folder in filter(None, (here, project, star_path.parent)):
+    for folder in filter(None, (here, project, star_path.parent, *star_path.resolve().parents)):
         if (folder / first_stack).is_file():
             return folder
     return here if project is None or find_project(here) == here.resolve() else project
