@@ -73,7 +73,7 @@ def test_a_real_cs_file_comes_back_with_every_field_type_and_uid(path, tmp_path)
 
 
 @pytest.mark.shared("star_corpus")
-def test_the_real_images_have_the_contrast_that_their_blob_sign_says(shared):
+def test_the_real_images_have_the_contrast_that_their_blob_sign_says(shared, tmp_path):
     from relion_cryofilter.data.bad_images import check_stacks
     from relion_cryofilter.nn.contrast import centre_contrast
     from relion_cryofilter.nn.pipeline import map_batches
@@ -88,6 +88,8 @@ def test_the_real_images_have_the_contrast_that_their_blob_sign_says(shared):
 
     [(_, values)] = map_batches(contrast, particles, np.arange(7), headers)
     assert (values.mean(axis=0) > 0).all()
+    csv = scored(particles.source, tmp_path, weights=())
+    assert np.loadtxt(csv.splitlines(), delimiter=",")[:, 1].min() > 0.5
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -264,6 +266,10 @@ def bad_input(kind, project, fields):
         empty = {name: values[:0] for name, values in fields.items()}
         return [write_cs(job / "p.cs", empty)], "holds no particles"
     (job).mkdir()
+    if kind == "group without its file":
+        write_cs(job / "particles_selected.cs", part(fields, "alignments2D", "blob"))
+        (job / "p.csg").write_text(GROUP.format(n=48))
+        return [job / "p.csg"], "P3_J12_passthrough_particles_selected.cs: can't be read"
     (job / "p.csg").write_text("results: 3\n")
     return [job / "p.csg"], "is not a CryoSPARC result group"
 
@@ -271,7 +277,7 @@ def bad_input(kind, project, fields):
 @pytest.mark.parametrize(
     "kind",
     ["missing passthrough", "absent passthrough", "uid mismatch", "blob path", "no dataset",
-     "no rows", "no group"],
+     "no rows", "no group", "group without its file"],
 )  # fmt: skip
 def test_a_bad_input_gets_one_sentence_and_leaves_the_job_failed(kind, project, fields, capsys):
     words, said = bad_input(kind, project, fields)

@@ -119,7 +119,7 @@ def test_the_librarys_own_classes_accept_our_inputs_outputs_and_plots(tmp_path):
         assert call.args[3].passthrough == "particles"
         assert call.args[3].type == "particle"
     jobs.mark_running.assert_called_once_with("P3", "J99", status="running")
-    command._show(real, tmp_path / "scores.png", np.linspace(0, 1, 9), np.arange(9) > 4)
+    command._show(real, tmp_path, np.linspace(0, 1, 9), np.arange(9) > 4)
     assert jobs.add_image_log.called
     assert jobs.set_tile_image.called
 

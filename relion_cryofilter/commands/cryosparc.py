@@ -21,7 +21,8 @@ import numpy as np
 
 from relion_cryofilter.commands import Output
 from relion_cryofilter.commands.score import score
-from relion_cryofilter.data.cryosparc import SCORE_FIELD, load_cs, optional
+from relion_cryofilter.data.cryosparc import SCORE_FIELD, load_cs
+from relion_cryofilter.data.result_groups import TOOLS, optional
 from relion_cryofilter.errors import CryoFilterError, CryoSparcError, UsageError
 from relion_cryofilter.options import CryosparcOptions, ScoreOptions
 from relion_cryofilter.results.figures import save_score_histogram
@@ -76,7 +77,7 @@ def connect(options: CryosparcOptions) -> Any:
     CryoSparcError
         The server can't be reached, refuses the login, or wants another cryosparc-tools.
     """
-    tools = optional("cryosparc.tools", "cryosparc-tools")
+    tools = optional("cryosparc.tools", TOOLS)
     version = tools.__version__
     if int(version.partition(".")[0]) != TOOLS_MAJOR:
         raise CryoSparcError(
@@ -162,7 +163,7 @@ def _filter(
     scored = load_cs(results / "particles.cs").dataset
     accepted = _rows_of(results / "particles_accepted.cs", np.asarray(scored["uid"]))
     _save_outputs(job, scored, accepted)
-    _show(job, results / HISTOGRAM, np.asarray(scored[SCORE_FIELD]), accepted)
+    _show(job, results, np.asarray(scored[SCORE_FIELD]), accepted)
 
 
 def _rows_of(path: Path, uids: np.ndarray) -> np.ndarray:
@@ -186,12 +187,15 @@ def _save_outputs(job: Any, scored: Any, accepted: np.ndarray) -> None:
         job.upload_dataset(SCORED, scored)
 
 
-def _show(job: Any, path: Path, scores: np.ndarray, accepted: np.ndarray) -> None:
-    """Put the histogram of scores into the job's log and on its tile."""
+def _show(job: Any, results: Path, scores: np.ndarray, accepted: np.ndarray) -> None:
+    """Put all pictures of the results into the job's log; the histogram of scores on its tile."""
+    path = results / HISTOGRAM
     lowest = float(scores[accepted].min()) if accepted.any() else 1.0
     save_score_histogram(path, None, scores, lowest)
     with _asking("take the plot"):
-        job.log_plot(BytesIO(path.read_bytes()), "Scores", formats=["png"])
+        for picture in sorted(results.glob("*.png")):
+            name = picture.stem.replace("_", " ").capitalize()
+            job.log_plot(BytesIO(picture.read_bytes()), name, formats=["png"])
         job.set_tile_image(BytesIO(path.read_bytes()), name="scores")
 
 

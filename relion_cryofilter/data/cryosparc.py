@@ -6,17 +6,15 @@ Reading and writing are cryosparc-tools' own (https://tools.cryosparc.com); it n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from datetime import datetime, timezone
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from relion_cryofilter.data.result_groups import TOOLS, group_text, optional, read_group
 from relion_cryofilter.errors import CryoSparcError
 from relion_cryofilter.files import replacing
 
@@ -24,9 +22,6 @@ CS_SUFFIXES = (".cs", ".csg")
 SCORE_FIELD = "cryofilter/score"
 _LONGEST_HEADER = 1 << 30
 """In bytes; numpy alone takes the headers of files with many fields for an attack."""
-
-HERE = ">"
-"""CryoSPARC's mark before a path: relative to what names it, or to the project's folder."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class CsFile:
         """Write the particles of the mask `rows` (n,) in the format that was read."""
         subset = self.dataset.mask(rows)
         if self.dtype is None:
-            subset.save(file, format=_cryosparc("cryosparc.dataset").CSDAT_FORMAT)
+            subset.save(file, format=optional("cryosparc.dataset", TOOLS).CSDAT_FORMAT)
             return
         records = subset.to_records(fixed=True)
         types = [_wider(part, self.dtype) for part in records.dtype.descr]
@@ -141,37 +136,15 @@ class CsTable:
                 for part, name in zip(scored.files, names):
                     part.save(stack.enter_context(replacing(path.with_name(name))), rows)
                 group = stack.enter_context(replacing(path.with_suffix(".csg")))
-                group.write(self._result_group(path.stem, names, int(rows.sum())).encode())
+                parts = {name: part.slots() for part, name in zip(self.files, names)}
+                text = group_text(path.stem, parts, self.slot_types, int(rows.sum()))
+                group.write(text.encode())
 
     def remove(self, path: Path) -> None:
         """Remove what an earlier `write` made of `path`."""
         for name in part_names(path, len(self.passthroughs)):
             path.with_name(name).unlink(missing_ok=True)
         path.with_suffix(".csg").unlink(missing_ok=True)
-
-    def _result_group(self, name: str, files: Sequence[str], count: int) -> str:
-        """Return a .csg as CryoSPARC's Import Result Group reads it.
-
-        The score is in the .cs file but not among the results: CryoSPARC has no type for it.
-        """
-        results: dict[str, dict[str, Any]] = {}
-        for part, file_name in zip(self.files, files):
-            for slot in part.slots():
-                if slot in results or slot == SCORE_FIELD.partition("/")[0]:
-                    continue
-                kind = self.slot_types.get(slot, f"particle.{slot}")
-                results[slot] = {
-                    "metafile": HERE + file_name, "num_items": count, "type": kind
-                }  # fmt: skip
-        title = name.replace("_", " ").capitalize()
-        text: str = _yaml().safe_dump({
-            "created": datetime.now(timezone.utc).replace(tzinfo=None),
-            "group": {"description": "Sorted by relion_cryofilter", "name": name,
-                      "title": title, "type": "particle"},
-            "results": results,
-            "version": f"v{_cryosparc('cryosparc').__version__}",
-        })  # fmt: skip
-        return text
 
 
 def part_names(path: Path, n_passthroughs: int) -> list[str]:
@@ -198,7 +171,7 @@ def read_cs(path: Path, passthrough: Path | None = None) -> CsTable:
     main, others = path, [passthrough] if passthrough else []
     types: dict[str, str] = {}
     if path.suffix == ".csg":
-        (main, *named), types = _files_of_group(path)
+        (main, *named), types = read_group(path)
         others = [*named, *others]
     first = load_cs(main)
     if not len(first.dataset):
@@ -215,7 +188,7 @@ def load_cs(path: Path) -> CsFile:
     CryoSparcError
         It is missing or no CryoSPARC dataset.
     """
-    module = _cryosparc("cryosparc.dataset")
+    module = optional("cryosparc.dataset", TOOLS)
     try:
         with path.open("rb") as file:
             compressed = file.read(6) == module.FORMAT_MAGIC_PREFIXES[module.CSDAT_FORMAT]
@@ -229,7 +202,7 @@ def load_cs(path: Path) -> CsFile:
         dataset = module.Dataset.load(path)
     except OSError as error:
         raise CryoSparcError(
-            f"{path}: can't be read ({error.strerror}). Paths are relative to the working "
+            f"{path}: can't be read ({error.strerror or error}). Paths are relative to the working "
             f"directory, {Path.cwd()}."
         ) from error
     except Exception as error:  # cryosparc-tools has one error for everything, and asserts
@@ -260,63 +233,9 @@ def _in_order_of(main: CsFile, other: CsFile) -> CsFile:
     return replace(other, dataset=other.dataset.take(order[place]))
 
 
-def _files_of_group(path: Path) -> tuple[list[Path], dict[str, str]]:
-    """Return the .cs files that a .csg names, the main one first, and the types of its slots."""
-    try:
-        content = _yaml().safe_load(path.read_text())
-        results = dict(content["results"].items())
-        names = list(dict.fromkeys(str(result["metafile"]) for result in results.values()))
-        types = {slot: str(result["type"]) for slot, result in results.items()}
-    except OSError as error:
-        raise CryoSparcError(f"{path}: can't be read ({error.strerror}).") from error
-    except (_yaml().YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
-        raise CryoSparcError(
-            f"{path}: is not a CryoSPARC result group ({type(error).__name__}: {error}). Give a "
-            ".csg that lists results with their metafile, or the .cs file itself."
-        ) from error
-    if not names:
-        raise CryoSparcError(f"{path}: lists no results. Give the .cs file itself.")
-    names.sort(key=lambda name: "passthrough" in name.rpartition("/")[2])
-    return [_beside(path, name) for name in names], types
-
-
-def _beside(group: Path, name: str) -> Path:
-    """Return where a metafile of a group is: beside it, or below a folder above it."""
-    plain = name.removeprefix(HERE)
-    for folder in folders_above(group):
-        if (folder / plain).is_file():
-            return folder / plain
-    return group.parent / plain
-
-
-def folders_above(path: Path) -> Iterator[Path]:
-    """Yield the folder of `path` and all folders above it."""
-    yield from path.resolve().parents
-
-
 def _wider(part: tuple[Any, ...], stored: np.dtype[Any]) -> tuple[Any, ...]:
     """Return the description of a field as it was stored: texts keep their width."""
     name, kind, *shape = part
     if name in (stored.names or ()) and stored[name].kind == "S":
         kind = max(kind, stored[name].str, key=lambda text: int(text[2:]))
     return (name, kind, *shape)
-
-
-def _cryosparc(name: str) -> ModuleType:
-    """Import a module of cryosparc-tools, which few need."""
-    return optional(name, "cryosparc-tools")
-
-
-def _yaml() -> Any:
-    return optional("yaml", "PyYAML")
-
-
-def optional(name: str, package: str) -> ModuleType:
-    """Import a module that only CryoSPARC's users need, or say how to get its package."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise CryoSparcError(
-            f"CryoSPARC's files need {package}, which can't be loaded here ({error}). Install it: "
-            "pip install 'relion_cryofilter[cryosparc]'."
-        ) from error

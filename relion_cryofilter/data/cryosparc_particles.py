@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from relion_cryofilter.data.cryosparc import CS_SUFFIXES, HERE, CsTable, folders_above, read_cs
+from relion_cryofilter.data.cryosparc import CS_SUFFIXES, CsTable, read_cs
 from relion_cryofilter.data.optics import OpticsGroup
 from relion_cryofilter.data.particles import ParticleSet, read_particles
+from relion_cryofilter.data.result_groups import HERE, folders_above
 from relion_cryofilter.errors import CryoSparcError, UsageError
 
 log = logging.getLogger("relion_cryofilter")
