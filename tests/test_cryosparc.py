@@ -319,5 +319,7 @@ def test_cs_options_are_refused_for_star_files_and_inputs_are_never_overwritten(
     path = write_cs(project / "J2/particles.cs", fields)
     with pytest.raises(UsageError, match=r"are for \.cs files"):
         scored(project / "Extract/job001/particles.star", project / "out", passthrough=path)
+    with pytest.raises(UsageError, match="--score_label is for STAR files"):
+        scored(path, project / "out", score_label="cryofilterScore")
     with pytest.raises(CryoFilterError, match="would overwrite"):
         scored(path, project / "J2")

@@ -29,6 +29,7 @@ from relion_cryofilter.commands.subsets import (
 )
 from relion_cryofilter.data import score_cache
 from relion_cryofilter.data.bad_images import BadImages
+from relion_cryofilter.data.cryosparc import SCORE_FIELD
 from relion_cryofilter.data.cryosparc_particles import read_particle_file
 from relion_cryofilter.data.particles import ParticleSet, particles_of_stacks
 from relion_cryofilter.data.score_cache import ScoreCache
@@ -185,6 +186,10 @@ def _read_input(options: ScoreOptions) -> ParticleSet:
         raise UsageError(f"{options.in_parts} is an image stack. Give it as --mrc, not --in_parts.")
     particles = read_particle_file(options.in_parts, options.passthrough, options.project_dir)
     _check_label(options.score_label)
+    if particles.cs is not None and options.score_label != SCORE_LABEL:
+        raise UsageError(
+            f"--score_label is for STAR files; scores of .cs files are in {SCORE_FIELD}."
+        )
     return particles
 
 
