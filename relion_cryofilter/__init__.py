@@ -12,6 +12,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from relion_cryofilter.api import (
+        ParticleScores,
+        Training,
+        evaluate_model,
+        score_images,
+        train_model,
+    )
     from relion_cryofilter.commands.convert import convert
     from relion_cryofilter.commands.metrics import metrics
     from relion_cryofilter.commands.score import score
@@ -36,38 +43,48 @@ _HOME = {
     "CryoFilterError": "errors",
     "MetricsOptions": "options",
     "Model": "nn.checkpoint",
+    "ParticleScores": "api",
     "ParticleSet": "data.particles",
     "ScoreOptions": "options",
     "Scores": "nn.scoring",
     "SelectOptions": "options",
     "TrainOptions": "options",
+    "Training": "api",
     "convert": "commands.convert",
+    "evaluate_model": "api",
     "load_model": "nn.checkpoint",
     "metrics": "commands.metrics",
     "read_particles": "data.particles",
     "score": "commands.score",
+    "score_images": "api",
     "score_particles": "nn.scoring",
     "select": "commands.select",
     "train": "commands.train",
+    "train_model": "api",
 }
 __all__ = [
     "ConvertOptions",
     "CryoFilterError",
     "MetricsOptions",
     "Model",
+    "ParticleScores",
     "ParticleSet",
     "ScoreOptions",
     "Scores",
     "SelectOptions",
     "TrainOptions",
+    "Training",
     "convert",
+    "evaluate_model",
     "load_model",
     "metrics",
     "read_particles",
     "score",
+    "score_images",
     "score_particles",
     "select",
     "train",
+    "train_model",
 ]
 
 

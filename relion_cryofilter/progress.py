@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeAlias
 
 from relion_cryofilter.errors import Aborted
 
@@ -12,6 +15,21 @@ log = logging.getLogger("relion_cryofilter")
 
 _FIRST_LINE_S = 2.0
 _MOST_SILENCE_S = 30.0
+
+Listener: TypeAlias = Callable[[str, int, int], object]
+"""Called with what is counted, how many are done, and how many there are."""
+
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Listener | None) -> Iterator[None]:
+    """Tell `listener` of every step of every Progress within the block."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 class Progress:
@@ -52,6 +70,9 @@ class Progress:
             Somebody asked the job to stop.
         """
         self.done += count
+        listener = _listener.get()
+        if listener is not None:
+            listener(self.what, self.done, self.total)
         if self._abort_requested():
             raise Aborted(f"Stopped on request after {self.done:,} of {self.total:,} {self.what}.")
         now = time.monotonic()

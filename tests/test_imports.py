@@ -11,10 +11,12 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "relion_cryofilter"
 FORBIDDEN = {
-    "data": ("nn", "results", "relion", "cli", "commands"),
-    "nn": ("results", "relion", "cli", "commands"),
-    "results": ("data", "nn", "relion", "cli", "commands"),
-    "relion": ("nn", "results"),
+    "data": ("nn", "results", "relion", "cli", "commands", "doppio"),
+    "nn": ("results", "relion", "cli", "commands", "doppio"),
+    "results": ("data", "nn", "relion", "cli", "commands", "doppio"),
+    "relion": ("nn", "results", "doppio"),
+    "commands": ("cli", "doppio"),
+    "doppio": ("nn", "results", "relion", "cli", "commands"),
 }
 
 

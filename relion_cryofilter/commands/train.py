@@ -62,10 +62,19 @@ def train(
         raise UsageError(
             "--threshold count=… is for score and select; train knows no set to count."
         )
+    return train_on(labelled_set(options), options, folder, abort_requested)
+
+
+def train_on(
+    labelled: LabelledSet,
+    options: TrainOptions,
+    folder: Path,
+    abort_requested: Callable[[], bool] = lambda: False,
+) -> tuple[Output, ...]:
+    """Train on labelled particles as the options say; results go to `folder`, which exists."""
     ranks = join_ranks()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    labelled = labelled_set(options)
     start = _start(options, labelled)
     split = split_by_micrograph(labelled.particles, labelled.labels, options.split, options.seed)
     loaded = _load(labelled, start.preprocess, options, abort_requested)

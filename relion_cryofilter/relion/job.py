@@ -107,13 +107,14 @@ def _value_of(name: str, words: Sequence[str]) -> str:
 
 
 def _is_of_another_job(folder: Path) -> bool:
-    """Tell whether RELION made the folder for a job that is not External."""
+    """Tell whether RELION or the ccpem-pipeliner made the folder for a job that is not ours."""
     try:
         text = (folder / "job.star").read_text(errors="replace")
     except OSError:
         return False
     kind = re.search(r"^_rlnJobType(?:Label)?\s+(\S+)", text, re.M)
-    return kind is not None and kind[1] != "99" and "external" not in kind[1]
+    name = kind[1] if kind is not None else "external"
+    return not (name == "99" or "external" in name or name.startswith("cryofilter."))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -128,10 +128,16 @@ def labels_of_files(positive: Sequence[Path], negative: Sequence[Path]) -> Label
     for name, side in zip(("--pos", "--neg"), sides):
         if not side:
             raise UsageError(f"{name} names no file; training and metrics need both sides.")
-    n_positive = sum(map(len, sides[0]))
-    particles = concatenate([*sides[0], *sides[1]])
-    labels = np.arange(len(particles)) < n_positive
     note = f"Labels from files: {len(positive)} positive, {len(negative)} negative."
+    return labelled_particles(sides[0], sides[1], note)
+
+
+def labelled_particles(
+    good: Sequence[ParticleSet], bad: Sequence[ParticleSet], note: str
+) -> LabelledSet:
+    """Return good and bad particles as one set, as `labels_of_files` does."""
+    particles = concatenate([*good, *bad])
+    labels = np.arange(len(particles)) < sum(map(len, good))
     return _checked(particles, labels, [note])
 
 
