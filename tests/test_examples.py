@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 
+import making
 import pytest
 from conftest import ROOT
 
@@ -15,19 +14,8 @@ from relion_cryofilter.errors import UsageError
 from relion_cryofilter.relion.labels import read_labels
 
 
-def command_line(folder):
-    """Return an environment whose `python` and `relion_cryofilter` are those of this checkout."""
-    folder.mkdir(parents=True)
-    for name, words in {"python": "", "relion_cryofilter": "-m relion_cryofilter "}.items():
-        script = folder / name
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {words}"$@"\n')
-        script.chmod(0o755)
-    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)}
-
-
 def test_the_examples_run_one_after_the_other(tmp_path):
-    environment = command_line(tmp_path / "bin")
+    environment = making.command_line(tmp_path / "bin")
     project = tmp_path / "project"
     simulate = f"python {ROOT}/examples/simulate.py {project} --micrographs 8 --particles 30"
     scripts = [f"bash {ROOT}/examples/{name}.sh {project}" for name in
