@@ -409,6 +409,12 @@ def test_job_writes_templates_with_ten_parameters_and_the_rest_as_arguments(proj
     assert 'other_args "--' in text
 
 
+def test_a_model_that_is_not_there_is_named(project, capsys):
+    words = "score --in_parts Extract/job001/particles.star --weights no.safetensors --o out/"
+    assert job.main(words.split()) == 1
+    assert "Model file no.safetensors doesn't exist. Check the path" in capsys.readouterr().err
+
+
 def test_a_template_empties_the_boxes_that_it_does_not_fill():
     """RELION's "Load job settings" leaves a box as it was if the file does not name it."""
     text = job_star({"mode": ["score"], "tta": []})
