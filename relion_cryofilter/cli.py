@@ -23,8 +23,9 @@ _OPTION = re.compile(r"-{2,}[A-Za-z]")
 JOB_USAGE = f"""usage: {PROGRAM} job --mode MODE [options of that mode] [--o job.star]
 
 Write job.star and .gui_externaljob.star into this folder, a RELION project: they fill in RELION's
-External tab (close the tab and open it again), and relion_pipeliner --addJobFromStar takes them.
-With --o, write that one file only. MODE is one of {", ".join(JOB_MODES)};
+External tab when its window is started (if it is open: External, then Jobs > Load job settings),
+and relion_pipeliner --addJobFromStar takes them. With --o, write that one file only.
+MODE is one of {", ".join(JOB_MODES)};
 `{PROGRAM} MODE --help` lists its options."""
 _LAST = [item.name for item in fields(Options)]
 _METAVARS = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -128,3 +130,16 @@ def write_project(
         "\n# version 30001\n\ndata_pipeline_general\n\n_rlnPipeLineJobCounter 2\n \n"
     )
     return star
+
+
+def command_line(folder: Path) -> dict[str, str]:
+    """Return an environment whose `python` and `relion_cryofilter` are those of this checkout."""
+    folder.mkdir(parents=True)
+    root = Path(__file__).resolve().parents[1]
+    for name, words in {"python": "", "relion_cryofilter": "-m relion_cryofilter "}.items():
+        script = folder / name
+        command = f'PYTHONPATH="{root}" exec "{sys.executable}" {words}"$@"'
+        script.write_text(f"#!/bin/sh\n{command}\n")
+        script.chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path}

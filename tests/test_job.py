@@ -409,6 +409,22 @@ def test_job_writes_templates_with_ten_parameters_and_the_rest_as_arguments(proj
     assert 'other_args "--' in text
 
 
+def test_a_model_that_is_not_there_is_named(project, capsys):
+    words = "score --in_parts Extract/job001/particles.star --weights no.safetensors --o out/"
+    assert job.main(words.split()) == 1
+    assert "Model file no.safetensors doesn't exist. Check the path" in capsys.readouterr().err
+
+
+def test_a_template_empties_the_boxes_that_it_does_not_fill():
+    """RELION's "Load job settings" leaves a box as it was if the file does not name it."""
+    text = job_star({"mode": ["score"], "tta": []})
+    for number in range(3, 11):
+        assert f'param{number}_label ""\nparam{number}_value ""\n' in text
+    for name in ("in_part", "in_mov", "in_mic", "in_coords", "in_3dref", "in_mask", "other_args"):
+        assert f'{name} ""\n' in text
+    assert text.count("param1_label") == text.count("param10_label") == 1
+
+
 def test_a_template_is_checked_like_a_job(project, capsys):
     assert job.main(["job", "--mode", "score", "--thresold", "1"]) == 2
     assert "Did you mean --threshold?" in capsys.readouterr().err

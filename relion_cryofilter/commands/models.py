@@ -12,7 +12,7 @@ import torch
 
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.errors import UsageError
-from relion_cryofilter.nn.checkpoint import Model, is_keras, load_model
+from relion_cryofilter.nn.checkpoint import Model, is_keras, load_model, require_file
 from relion_cryofilter.nn.keras import import_keras
 from relion_cryofilter.options import ModelOptions
 from relion_cryofilter.results.bootstrap import Interval
@@ -34,6 +34,8 @@ def read_models(options: ModelOptions) -> list[Model]:
     ------
     UsageError
         ``--model``, ``--f`` or ``--img_dim`` contradict a model file.
+    ModelError
+        A file is missing or is no model.
     """
     paths = options.weights or (BUNDLED_MODEL,)
     return [
@@ -44,7 +46,7 @@ def read_models(options: ModelOptions) -> list[Model]:
 def _read(paths: Sequence[Path], options: ModelOptions) -> list[Model]:
     models = []
     for path in paths:
-        if is_keras(path):
+        if is_keras(require_file(path)):
             models.append(
                 import_keras(path, f=options.f, dim=options.img_dim, network=options.model)
             )

@@ -19,6 +19,7 @@ GUI_FILE = ".gui_externaljob.star"
 N_PARAMETERS = 10
 
 _INPUTS = {"in_parts": "in_part"}
+_OTHER_INPUTS = ("in_mov", "in_mic", "in_coords", "in_3dref", "in_mask")
 _NOT_PARAMETERS = ("mode", "o", "j", *_INPUTS)
 _FLAGS = {
     item.name
@@ -61,7 +62,8 @@ def write_job_files(given: Mapping[str, list[str]]) -> None:
         write_text(path, text)
         log.info("%s %s", verb, path)
     if not named:
-        log.info("Open RELION here: its External tab is filled in (%s).", GUI_FILE)
+        log.info("Start RELION here: its External tab is filled in (%s).", GUI_FILE)
+        log.info("If its window is open: External, then Jobs > Load job settings.")
     log.info("Without a window: relion_pipeliner --addJobFromStar %s", paths[0])
 
 
@@ -75,9 +77,10 @@ def _warn_of_surroundings(source: str) -> None:
 def job_star(given: Mapping[str, list[str]]) -> str:
     """Return a job.star that RELION 3.1, 4.0 and 5.0 accept.
 
-    Options beyond the tenth parameter go into the additional arguments.
+    Options beyond the tenth parameter go into the additional arguments. Boxes that stay empty are
+    named too: RELION's "Load job settings" leaves what the file does not name as it was.
     """
-    values = {"fn_exe": executable()}
+    values = {"fn_exe": executable(), **dict.fromkeys(_OTHER_INPUTS, "")}
     values["in_part"] = " ".join(given.get("in_parts", []))
     values["nr_threads"] = " ".join(given.get("j", [])) or str(available_cores())
     parameters = [("mode", given["mode"][0])]
@@ -86,7 +89,8 @@ def job_star(given: Mapping[str, list[str]]) -> str:
         for name, words in given.items()
         if name not in _NOT_PARAMETERS and (words or name in _FLAGS)
     ]
-    for number, (label, value) in enumerate(parameters[:N_PARAMETERS], 1):
+    empty = [("", "")] * (N_PARAMETERS - len(parameters))
+    for number, (label, value) in enumerate([*parameters[:N_PARAMETERS], *empty], 1):
         values[f"param{number}_label"] = label
         values[f"param{number}_value"] = value
     rest = [f"--{label} {value}" for label, value in parameters[N_PARAMETERS:]]

@@ -29,6 +29,7 @@ from relion_cryofilter.data.simulate.project import (
     VERSIONS,
     simulate_project,
 )
+from relion_cryofilter.data.simulate.selection import simulate_selection
 from relion_cryofilter.data.simulate.specimen import (
     ATOMS_PER_ROD,
     JUNK_SHARES,
@@ -80,5 +81,6 @@ __all__ = [
     "simulate_images",
     "simulate_micrograph",
     "simulate_project",
+    "simulate_selection",
     "simulate_varied",
 ]
