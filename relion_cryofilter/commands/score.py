@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
+from relion_cryofilter.commands.closing import log_files
 from relion_cryofilter.commands.contrast import check_contrast
 from relion_cryofilter.commands.models import (
     check_pixel_size,
@@ -19,6 +20,14 @@ from relion_cryofilter.commands.models import (
     read_models,
     resolve_threshold,
 )
+from relion_cryofilter.commands.report import (
+    FEATURE_SAMPLE,
+    LOGFILE,
+    REPORT,
+    Scored,
+    write_score_report,
+)
+from relion_cryofilter.commands.report_facts import describe_set
 from relion_cryofilter.commands.subsets import (
     ACCEPTED,
     ALL,
@@ -39,6 +48,7 @@ from relion_cryofilter.nn.scoring import score_particles
 from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.options import ScoreOptions
 from relion_cryofilter.progress import Progress, duration
+from relion_cryofilter.wording import counted
 
 SCORES_CSV, FEATURES, BAD_IMAGES = "scores.csv", "features.npy", "bad_images.csv"
 
@@ -79,6 +89,7 @@ def score(
         tta=options.tta,
         features_path=places.extras / FEATURES if options.features else None,
         skip_bad=options.skip_bad,
+        sample=FEATURE_SAMPLE if options.o is not None else 0,
     )
     values = np.round(scores.values, 6)
     threshold, reason = resolve_threshold(options.threshold, models, values)
@@ -105,8 +116,26 @@ def score(
         f"{len(values):,}", duration(scores.seconds),
         f"{len(values) / max(scores.seconds, 1e-9):,.0f}", describe_counts(accepted),
     )  # fmt: skip
-    log.info("Results are in %s/", places.extras)
+    scored = Scored(
+        options, particles, describe_models(models, options), scores, values, threshold, reason,
+        accepted,
+    )  # fmt: skip
+    outputs += write_score_report(scored)
+    _close(places, accepted, len(scores.bad))
     return outputs
+
+
+def _close(places: _Places, accepted: np.ndarray, n_bad: int) -> None:
+    """Name the files, with the numbers of their rows."""
+    n, kept = len(accepted), int(accepted.sum())
+    files = {} if places.star is None else {
+        ALL: counted(n, "particle") + " with scores",
+        ACCEPTED: counted(kept, "particle"),
+        REJECTED: counted(n - kept, "particle"),
+    }  # fmt: skip
+    files |= {places.csv.name: counted(n, "score"), FEATURES: counted(n, "feature vector")}
+    files |= {BAD_IMAGES: counted(n_bad, "image"), LOGFILE: "for RELION's Display menu"}
+    log_files(places.extras, {**files, REPORT: "the same for a browser, with a threshold slider"})
 
 
 @dataclass(frozen=True)
@@ -164,16 +193,20 @@ def _check_label(label: str) -> None:
 
 
 def _announce(particles: ParticleSet, models: Sequence[Model], options: ScoreOptions) -> None:
-    log.info(
-        "Read %s: %s particles in %s stacks, %s micrographs, %d optics group(s).",
-        particles.source, f"{len(particles):,}", f"{len(particles.stacks):,}",
-        f"{len(particles.micrographs):,}", len(particles.optics),
-    )  # fmt: skip
+    log.info("Read %s: %s.", particles.source, describe_set(particles))
     views = ""
     if options.tta:
         same = all(model.network.equivariant for model in models)
         views = ", the same for all eight views" if same else ", averaged over eight views"
-    log.info("Model %s%s; %d thread(s).", describe_models(models, options), views, options.threads)
+    log.info(
+        "Model %s%s; %s.", describe_models(models, options), views,
+        counted(options.threads, "thread"),
+    )  # fmt: skip
+    log.info(
+        "To do: score every particle and accept %s; results go to %s.",
+        f"at threshold {options.threshold}" if options.threshold else "at the model's threshold",
+        f"{options.o}/" if options.o else options.out_file,
+    )  # fmt: skip
     if not options.weights:
         log.warning(
             "The bundled model knows simulated particles only. Look at both subsets before you "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,15 @@ class Scores:
         The images that could not be scored.
     seconds
         Wall time.
+    sampled, features
+        (s,) rows of a random sample, ascending, and their (s, k) features, for the report.
     """
 
     values: np.ndarray
     bad: BadImages
     seconds: float
+    sampled: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    features: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
 
 def score_particles(
@@ -54,6 +58,7 @@ def score_particles(
     tta: bool = False,
     features_path: Path | None = None,
     skip_bad: bool = False,
+    sample: int = 0,
 ) -> Scores:
     """Score every particle.
 
@@ -75,6 +80,8 @@ def score_particles(
         Where to write the features of the first model, (n, k) float32 .npy; NaN for bad images.
     skip_bad
         Score bad images 0; otherwise they are an error.
+    sample
+        Of so many particles, chosen at random, the features are kept in memory.
 
     Raises
     ------
@@ -90,12 +97,14 @@ def score_particles(
     values = np.zeros(len(particles))
     bad.refuse_if_all()
     rows = np.setdiff1d(np.arange(len(particles)), bad.rows, assume_unique=True)
-    scorer = _Scorer(models, devices, tta, features_path is not None)
+    scorer = _Scorer(models, devices, tta, features_path is not None or sample > 0)
+    sampled = _FeatureSample(rows, sample)
     batches = map_batches(scorer, particles, rows, headers, threads=threads, batch_size=batch_size)
     with _FeatureFile(features_path, len(particles)) as features:
         for batch_rows, result in batches:
             values[batch_rows] = result.scores
             features.write(batch_rows, result.features)
+            sampled.keep(batch_rows, result.features)
             if result.faults and not len(bad) and not skip_bad:
                 log.warning("Found images that can't be used; counting them all before stopping.")
             for reason, places in result.faults.items():
@@ -106,7 +115,7 @@ def score_particles(
         bad.refuse_if_all()
         if not skip_bad:
             bad.refuse()
-    return Scores(values, bad, progress.seconds)
+    return Scores(values, bad, progress.seconds, sampled.rows, sampled.features)
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,26 @@ class _Scorer:
         if self._with_features:
             return model.probabilities_and_features(small, self._tta)
         return model.probabilities(small, self._tta), small[:, 0, 0, :0]
+
+
+class _FeatureSample:
+    """Features of a random sample of `rows`, at most `count`; NaN until they are seen."""
+
+    def __init__(self, rows: np.ndarray, count: int) -> None:
+        if len(rows) > count:
+            rows = np.random.default_rng(0).choice(rows, count, replace=False, shuffle=False)
+        self.rows = np.sort(rows)
+        self.features = np.empty((len(self.rows), 0), np.float32)
+
+    def keep(self, rows: np.ndarray, features: np.ndarray) -> None:
+        """Keep those of (m, k) `features` whose `rows` are in the sample."""
+        if not len(self.rows):
+            return
+        if not self.features.shape[1]:
+            self.features = np.full((len(self.rows), features.shape[1]), np.nan, np.float32)
+        place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        held = self.rows[place] == rows
+        self.features[place[held]] = features[held]
 
 
 class _FeatureFile:

@@ -1,0 +1,174 @@
+"""logfile.pdf: the pages that RELION's Display menu shows."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_pdf import PdfPages
+from matplotlib.figure import Figure
+
+from relion_cryofilter.files import replacing
+from relion_cryofilter.results.charts import Chart, charts_of, printable
+from relion_cryofilter.results.report_data import Gallery, Pictures, Report
+
+PAGE_INCH = (11.69, 8.27)
+PICTURES_A_ROW, ROWS_A_GALLERY = 12, 2
+FACT_WIDTH, TEXT_WIDTH = 54, 130
+LINES_A_PAGE = 46
+CHARTS_A_PAGE = 4
+
+
+def write_pdf(path: Path, report: Report) -> None:
+    """Write the report as PDF, complete or not at all."""
+    with replacing(path) as file, PdfPages(file, metadata={"Title": report.title}) as pages:
+        for figure in _pages(report):
+            pages.savefig(figure)
+
+
+def _pages(report: Report) -> Iterator[Figure]:
+    charts = charts_of(report)
+    first, others = charts[:2], charts[2:]
+    yield _front_page(report, first)
+    lines = _texts(report)
+    for start in range(0, len(lines), LINES_A_PAGE):
+        yield _text_page(lines[start : start + LINES_A_PAGE])
+    shown = [gallery for gallery in report.galleries if gallery.members or gallery.empty]
+    for start in range(0, len(shown), 4):
+        yield _gallery_page(report.pictures, shown[start : start + 4])
+    for name, group in groupby(others, key=lambda chart: chart.group):
+        members = list(group)
+        for start in range(0, len(members), CHARTS_A_PAGE):
+            yield _chart_page(name, members[start : start + CHARTS_A_PAGE])
+
+
+def _page(title: str) -> Figure:
+    figure = Figure(figsize=PAGE_INCH, layout="constrained")
+    figure.suptitle(title, fontsize=14, fontweight="bold")
+    return figure
+
+
+def _front_page(report: Report, charts: Sequence[Chart]) -> Figure:
+    figure = _page(shortened_title(report.title))
+    left, right = np.ravel(figure.subfigures(1, 2, squeeze=False, width_ratios=[1.1, 1]))
+    _write_facts(left.subplots(), report)
+    for axes, chart in zip(np.ravel(right.subplots(len(charts), 1)), charts):
+        chart.draw(axes)
+    return figure
+
+
+def _write_facts(axes: Axes, report: Report) -> None:
+    axes.axis("off")
+    notes = [("" if number else "To note", note) for number, note in enumerate(report.notes)]
+    line = 0.0
+    for name, value in [*report.facts, *notes]:
+        for number, part in enumerate(_wrapped(value)):
+            texts = ((0.24, part, "normal"), (0.0, name if not number else "", "bold"))
+            for x, text, weight in texts:
+                axes.text(x, 1 - line * 0.0235, printable(text), va="top", fontsize=8.5,
+                          fontweight=weight, transform=axes.transAxes)  # fmt: skip
+            line += 1
+        line += 0.35
+
+
+def _wrapped(text: str) -> list[str]:
+    return [
+        part
+        for row in text.splitlines() or [""]
+        for part in textwrap.wrap(row, FACT_WIDTH, break_on_hyphens=False) or [""]
+    ]
+
+
+def shortened_title(title: str, most: int = 100) -> str:
+    """Return a title that fits on a page."""
+    return title if len(title) <= most else f"{title[: most - 1]}…"
+
+
+def _texts(report: Report) -> list[tuple[str, bool]]:
+    """Return lines of notes, outlying micrographs, label sources and self-tests; bold or not."""
+    lines: list[tuple[str, bool]] = []
+    for title, texts in text_sections(report):
+        lines.append((title, True))
+        for text in texts:
+            wrapped = textwrap.wrap(text, TEXT_WIDTH, subsequent_indent="    ") or [""]
+            lines += [(part, False) for part in wrapped]
+        lines.append(("", False))
+    return lines
+
+
+def text_sections(report: Report) -> Iterator[tuple[str, list[str]]]:
+    """Yield the titles and lines of what a report says in words."""
+    if report.measured is not None:
+        yield "Figures", report.measured.evaluation.summary().splitlines()
+        if report.sources:
+            yield "Labels", list(report.sources)
+        if report.measured.self_tests:
+            yield "Self-tests", [str(test) for test in report.measured.self_tests]
+    if report.micrographs is not None:
+        found = report.micrographs.outliers()
+        for name, outliers in zip(("Lowest", "Highest"), found):
+            if outliers:
+                title = f"{name} acceptance: outlying micrographs"
+                yield title, outlier_lines(report, outliers)
+
+
+def outlier_lines(report: Report, outliers: Sequence[int], most: int = 20) -> list[str]:
+    """Return a line for each outlying micrograph, the first few of many."""
+    table = report.micrographs
+    if table is None:
+        return []
+    lines = [
+        f"{table.names[m]}: {table.accepted[m]:,} of {table.total[m]:,} accepted "
+        f"({100 * table.share[m]:.0f} %)"
+        for m in outliers[:most]
+    ]
+    more = len(outliers) - most
+    return [*lines, f"… and {more:,} more"] if more > 0 else lines
+
+
+def _text_page(lines: Sequence[tuple[str, bool]]) -> Figure:
+    figure = _page("")
+    axes = figure.subplots()
+    axes.axis("off")
+    for number, (text, bold) in enumerate(lines):
+        axes.text(0.02, 1 - number / LINES_A_PAGE, printable(text), va="top", fontsize=8.5,
+                  family="monospace" if not bold else "sans-serif",
+                  fontweight="bold" if bold else "normal", transform=axes.transAxes)  # fmt: skip
+    return figure
+
+
+def _gallery_page(pictures: Pictures, galleries: Sequence[Gallery]) -> Figure:
+    figure = _page(f"Particles. {pictures.about}")
+    for axes, gallery in zip(np.ravel(figure.subplots(len(galleries), 1)), galleries):
+        _draw_gallery(axes, pictures, gallery)
+    return figure
+
+
+def _draw_gallery(axes: Axes, pictures: Pictures, gallery: Gallery) -> None:
+    axes.set_title(gallery.title, loc="left", fontsize=10)
+    axes.axis("off")
+    axes.set(xlim=(0, PICTURES_A_ROW), ylim=(ROWS_A_GALLERY * 1.25, 0), aspect="equal")
+    if not gallery.members:
+        axes.text(0, 0.4, gallery.empty, va="top")
+    for number, member in enumerate(gallery.members[: PICTURES_A_ROW * ROWS_A_GALLERY]):
+        x, y = number % PICTURES_A_ROW, number // PICTURES_A_ROW * 1.25
+        axes.imshow(pictures.images[member], cmap="gray", vmin=0, vmax=255,
+                    extent=(x + 0.03, x + 0.97, y + 0.97, y + 0.03))  # fmt: skip
+        axes.text(x + 0.5, y + 1, f"{pictures.scores[member]:.4f}", ha="center", va="top",
+                  fontsize=6.5)  # fmt: skip
+    axes.set(xlim=(0, PICTURES_A_ROW), ylim=(ROWS_A_GALLERY * 1.25, 0))
+
+
+def _chart_page(name: str, charts: Sequence[Chart]) -> Figure:
+    figure = _page(name)
+    rows, columns = {1: (1, 1), 2: (1, 2)}.get(len(charts), (2, 2))
+    places = np.ravel(figure.subplots(rows, columns, squeeze=False))
+    for axes, chart in zip(places, charts):
+        chart.draw(axes)
+    for axes in places[len(charts) :]:
+        axes.axis("off")
+    return figure
