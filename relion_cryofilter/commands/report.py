@@ -235,7 +235,7 @@ def _test_report(tested: Tested) -> Report:
     if scores is not None:
         features = _features(scores, np.round(scores.values, 6), len(scores.values))
     return Report(
-        title=f"{'Training' if tested.mode == 'train' else 'Measurement'} on {tested.part}",
+        title=f"{'Training, measured' if tested.mode == 'train' else 'Measured'} on {tested.part}",
         facts=_test_facts(tested),
         cuts=cuts_of(values, evaluation.threshold, int(accepted.sum()), labels),
         histogram=histogram_of(values, evaluation.threshold, labels),

@@ -39,10 +39,12 @@ def set_facts(particles: ParticleSet) -> list[tuple[str, str]]:
 
 def describe_set(particles: ParticleSet) -> str:
     """Return ``1,400 particles in 14 stacks, 14 micrographs, 1 optics group``."""
-    text = f"{counted(len(particles), 'particle')} in {counted(len(particles.stacks), 'stack')}"
+    held = (particles.stack_of, particles.micrograph_of, particles.optics_of)
+    stacks, micrographs, groups = (len(np.unique(numbers)) for numbers in held)
+    text = f"{counted(len(particles), 'particle')} in {counted(stacks, 'stack')}"
     if particles.has_micrographs:
-        text += f", {counted(len(particles.micrographs), 'micrograph')}"
-    return f"{text}, {counted(len(particles.optics), 'optics group')}"
+        text += f", {counted(micrographs, 'micrograph')}"
+    return f"{text}, {counted(groups, 'optics group')}"
 
 
 def label_facts(labelled: LabelledSet) -> list[tuple[str, str]]:

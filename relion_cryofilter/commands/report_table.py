@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import islice
-
 import numpy as np
 
 from relion_cryofilter.data.particles import ParticleSet
-from relion_cryofilter.data.star import columns
 from relion_cryofilter.data.star_labels import (
     AUTOPICK_FIGURE_OF_MERIT,
     COORDINATES,
     CTF_MAX_RESOLUTION,
     DEFOCUS,
 )
+from relion_cryofilter.data.star_numbers import read_numbers
 from relion_cryofilter.results.report_data import (
+    FEWEST_MICROGRAPHS,
     Micrographs,
     PickMap,
     Trend,
@@ -23,41 +21,15 @@ from relion_cryofilter.results.report_data import (
     trend_of,
 )
 
-CHUNK = 50_000
 MAPS_A_SIDE = 2
 LABELS = (*DEFOCUS, CTF_MAX_RESOLUTION, AUTOPICK_FIGURE_OF_MERIT, *COORDINATES)
 
 
 def read_columns(particles: ParticleSet) -> dict[str, np.ndarray]:
     """Read the columns of `LABELS` that the STAR file has; (n,) float32, NaN for no number."""
-    star, loop = particles.star, particles.loop
-    if star is None or loop is None:
+    if particles.star is None or particles.loop is None:
         return {}
-    present = [label for label in LABELS if label in loop.labels]
-    if not present:
-        return {}
-    table = np.empty((len(present), loop.n_rows), np.float32)
-    values = columns(star, loop, present)
-    start = 0
-    while chunk := list(islice(values, CHUNK)):
-        for number, texts in enumerate(zip(*chunk)):
-            table[number, start : start + len(chunk)] = _numbers(texts)
-        start += len(chunk)
-    return dict(zip(present, table))
-
-
-def _numbers(texts: Sequence[str]) -> np.ndarray:
-    try:
-        return np.array(list(map(float, texts)))
-    except ValueError:
-        return np.array([_number(text) for text in texts])
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
+    return read_numbers(particles.star, particles.loop, LABELS)
 
 
 def trends(table: dict[str, np.ndarray], accepted: np.ndarray) -> tuple[list[Trend], list[str]]:
@@ -82,9 +54,9 @@ def trends(table: dict[str, np.ndarray], accepted: np.ndarray) -> tuple[list[Tre
 
 
 def micrograph_table(particles: ParticleSet, accepted: np.ndarray) -> Micrographs | None:
-    """Count by micrograph, or by stack without micrograph names; None for a single one."""
+    """Count by micrograph, or by stack without micrograph names; None for too few."""
     table = micrographs_of(particles.micrographs, particles.micrograph_of, accepted)
-    return table if len(table.names) > 1 else None
+    return table if len(table.names) >= FEWEST_MICROGRAPHS else None
 
 
 def pick_maps(

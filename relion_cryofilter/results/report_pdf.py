@@ -15,9 +15,11 @@ from matplotlib.figure import Figure
 from relion_cryofilter.files import replacing
 from relion_cryofilter.results.charts import Chart, charts_of, printable
 from relion_cryofilter.results.report_data import Gallery, Pictures, Report
+from relion_cryofilter.results.thumbnails import THUMBNAIL_PX, sprite
 
 PAGE_INCH = (11.69, 8.27)
 PICTURES_A_ROW, ROWS_A_GALLERY = 12, 2
+CELL_PX = (THUMBNAIL_PX + 14, THUMBNAIL_PX + 4)
 FACT_WIDTH, TEXT_WIDTH = 54, 130
 LINES_A_PAGE = 46
 CHARTS_A_PAGE = 4
@@ -70,7 +72,7 @@ def _write_facts(axes: Axes, report: Report) -> None:
             texts = ((0.24, part, "normal"), (0.0, name if not number else "", "bold"))
             for x, text, weight in texts:
                 axes.text(x, 1 - line * 0.0235, printable(text), va="top", fontsize=8.5,
-                          fontweight=weight, transform=axes.transAxes)  # fmt: skip
+                          fontweight=weight, transform=axes.transAxes, in_layout=False)  # fmt: skip
             line += 1
         line += 0.35
 
@@ -137,7 +139,8 @@ def _text_page(lines: Sequence[tuple[str, bool]]) -> Figure:
     for number, (text, bold) in enumerate(lines):
         axes.text(0.02, 1 - number / LINES_A_PAGE, printable(text), va="top", fontsize=8.5,
                   family="monospace" if not bold else "sans-serif",
-                  fontweight="bold" if bold else "normal", transform=axes.transAxes)  # fmt: skip
+                  fontweight="bold" if bold else "normal", transform=axes.transAxes,
+                  in_layout=False)  # fmt: skip
     return figure
 
 
@@ -149,18 +152,20 @@ def _gallery_page(pictures: Pictures, galleries: Sequence[Gallery]) -> Figure:
 
 
 def _draw_gallery(axes: Axes, pictures: Pictures, gallery: Gallery) -> None:
+    """Draw two rows of pictures as one image, with the score under each."""
+    members = list(gallery.members[: PICTURES_A_ROW * ROWS_A_GALLERY])
     axes.set_title(gallery.title, loc="left", fontsize=10)
     axes.axis("off")
-    axes.set(xlim=(0, PICTURES_A_ROW), ylim=(ROWS_A_GALLERY * 1.25, 0), aspect="equal")
-    if not gallery.members:
-        axes.text(0, 0.4, gallery.empty, va="top")
-    for number, member in enumerate(gallery.members[: PICTURES_A_ROW * ROWS_A_GALLERY]):
-        x, y = number % PICTURES_A_ROW, number // PICTURES_A_ROW * 1.25
-        axes.imshow(pictures.images[member], cmap="gray", vmin=0, vmax=255,
-                    extent=(x + 0.03, x + 0.97, y + 0.97, y + 0.03))  # fmt: skip
-        axes.text(x + 0.5, y + 1, f"{pictures.scores[member]:.4f}", ha="center", va="top",
-                  fontsize=6.5)  # fmt: skip
-    axes.set(xlim=(0, PICTURES_A_ROW), ylim=(ROWS_A_GALLERY * 1.25, 0))
+    framed = np.full((PICTURES_A_ROW * ROWS_A_GALLERY, *CELL_PX), 255, np.uint8)
+    framed[: len(members), :THUMBNAIL_PX, :THUMBNAIL_PX] = pictures.images[members]
+    axes.imshow(sprite(framed, PICTURES_A_ROW), cmap="gray", vmin=0, vmax=255, resample=False)
+    if not members:
+        axes.text(0, 20, gallery.empty, va="top")
+    for number, member in enumerate(members):
+        row, column = divmod(number, PICTURES_A_ROW)
+        place = (CELL_PX[1] * column + THUMBNAIL_PX / 2, CELL_PX[0] * row + THUMBNAIL_PX + 1)
+        axes.text(*place, f"{pictures.scores[member]:.4f}", ha="center", va="top", fontsize=6.5,
+                  in_layout=False)  # fmt: skip
 
 
 def _chart_page(name: str, charts: Sequence[Chart]) -> Figure:

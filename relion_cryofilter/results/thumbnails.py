@@ -70,9 +70,9 @@ def _low_passed(square: NDArray[np.float64], cycles: float) -> NDArray[np.float6
 
 
 def sprite(images: NDArray[np.uint8], columns: int) -> NDArray[np.uint8]:
-    """Return pictures (m, p, p) side by side in one, row by row, `columns` in each."""
-    m, p = images.shape[:2]
+    """Return pictures (m, ny, nx) side by side in one, row by row, `columns` in each."""
+    m, ny, nx = images.shape
     rows = max(1, -(-m // columns))
-    grid = np.zeros((rows * columns, p, p), np.uint8)
+    grid = np.zeros((rows * columns, ny, nx), np.uint8)
     grid[:m] = images
-    return grid.reshape(rows, columns, p, p).swapaxes(1, 2).reshape(rows * p, columns * p)
+    return grid.reshape(rows, columns, ny, nx).swapaxes(1, 2).reshape(rows * ny, columns * nx)
