@@ -135,19 +135,21 @@ def write_test_report(folder: Path, tested: Tested) -> tuple[Output, ...]:
 def _write(folder: Path, collect: Callable[[], Report]) -> tuple[Output, ...]:
     """Write both files, or say why not and leave no report of an earlier run."""
     from relion_cryofilter.results.report_html import write_html
-    from relion_cryofilter.results.report_pdf import write_pdf
+    from relion_cryofilter.results.report_pdf import chart_pages, write_pdf
 
     start = time.monotonic()
     try:
         report = collect()
-        write_pdf(folder / LOGFILE, report)
-        write_html(folder / REPORT, report)
+        pages = chart_pages(report)
+        write_pdf(folder / LOGFILE, report, pages)
+        write_html(folder / REPORT, report, pages)
     except Exception as error:  # whatever it is, the results are there and must stay a success
         for name in (LOGFILE, REPORT):
             (folder / name).unlink(missing_ok=True)
         log.warning(
             "No report (%s, %s) could be made: %s: %s. The results themselves are complete; "
-            "--verbose shows where it failed.", LOGFILE, REPORT, type(error).__name__, error,
+            "--verbose shows where it failed.", LOGFILE, REPORT, type(error).__name__,
+            " ".join(str(error).split()),
         )  # fmt: skip
         log.debug("The report failed here:", exc_info=error)
         return ()

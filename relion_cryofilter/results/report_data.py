@@ -176,14 +176,22 @@ class Trend:
 def trend_of(
     label: str, values: NDArray[np.floating[Any]], accepted: NDArray[np.bool_]
 ) -> Trend | None:
-    """Bin a quantity by its quantiles; None where it is unknown or the same everywhere."""
+    """Bin a quantity by its values if few, else by quantiles.
+
+    None where it is unknown or the same everywhere.
+    """
     known = np.isfinite(values)
     x, kept = values[known].astype(np.float64), accepted[known]
     if not x.size or x.min() == x.max():
         return None
-    edges = np.unique(np.quantile(x, np.linspace(0, 1, BINS + 1)))
-    bins = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, len(edges) - 2)
-    count = np.bincount(bins, minlength=len(edges) - 1)
+    distinct = np.unique(x)
+    if len(distinct) <= BINS:
+        bins, n_bins = np.searchsorted(distinct, x), len(distinct)
+    else:
+        edges = np.unique(np.quantile(x, np.linspace(0, 1, BINS + 1)))
+        n_bins = len(edges) - 1
+        bins = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, n_bins - 1)
+    count = np.bincount(bins, minlength=n_bins)
     held = count > 0
     n = np.maximum(count, 1)
     share = np.bincount(bins, weights=kept, minlength=len(count)) / n

@@ -18,27 +18,25 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from relion_cryofilter.files import write_text
-from relion_cryofilter.results.charts import Chart, charts_of
 from relion_cryofilter.results.report_data import Report
-from relion_cryofilter.results.report_pdf import text_sections
+from relion_cryofilter.results.report_pdf import ChartPage, text_sections
 from relion_cryofilter.results.thumbnails import sprite
 
 SPRITE_COLUMNS = 20
 NEAREST = 16
-CHART_INCH, DOTS_PER_INCH = (5.6, 4.0), 110
+DOTS_PER_INCH = 110
 COLOURS = 64
 
 
-def write_html(path: Path, report: Report) -> None:
+def write_html(path: Path, report: Report, pages: Sequence[ChartPage]) -> None:
     """Write the report as one HTML file, complete or not at all."""
     template = Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
-    charts = [chart for chart in charts_of(report) if not chart.moves]
     text = template.substitute(
         title=_escaped(report.title),
         facts="".join(f"<dt>{_escaped(k)}</dt><dd>{_escaped(v)}</dd>" for k, v in report.facts),
         notes="".join(f"<li>{_escaped(note)}</li>" for note in report.notes),
         texts=_texts(report),
-        charts=_charts(charts),
+        charts=_charts(pages),
         sprite=_data_uri(Image.fromarray(sprite(report.pictures.images, SPRITE_COLUMNS))),
         data=json.dumps(_data(report)).replace("<", "\\u003c"),
     )
@@ -65,22 +63,21 @@ def _texts(report: Report) -> str:
     return "".join(parts)
 
 
-def _charts(charts: Sequence[Chart]) -> str:
+def _charts(pages: Sequence[ChartPage]) -> str:
     parts, group = [], ""
-    for chart in charts:
-        if chart.group != group:
-            parts.append(f"{'</div></section>' if group else ''}<section><h2>"
-                         f'{_escaped(chart.group)}</h2><div class="charts">')  # fmt: skip
-            group = chart.group
-        name = _escaped(chart.title)
-        parts.append(f'<figure><img alt="{name}" src="{_png(chart)}">'
-                     f"<figcaption>{_escaped(chart.note)}</figcaption></figure>")  # fmt: skip
-    return "".join([*parts, "</div></section>" if group else ""])
+    for page in pages:
+        title = "" if page.group == group else f"<h2>{_escaped(page.group)}</h2>"
+        group = page.group
+        names = _escaped("; ".join(chart.title for chart in page.charts))
+        notes = _escaped(" ".join(dict.fromkeys(chart.note for chart in page.charts)))
+        parts.append(
+            f'<section>{title}<figure><img alt="{names}" src="{_png(page.figure)}">'
+            f"<figcaption>{notes}</figcaption></figure></section>"
+        )
+    return "".join(parts)
 
 
-def _png(chart: Chart) -> str:
-    figure = Figure(figsize=CHART_INCH, dpi=DOTS_PER_INCH, layout="constrained")
-    chart.draw(figure.subplots())
+def _png(figure: Figure) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
     return _data_uri(Image.open(file).convert("RGB").quantize(COLOURS))
@@ -88,7 +85,7 @@ def _png(chart: Chart) -> str:
 
 def _data_uri(picture: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
+    picture.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -22,30 +23,47 @@ PICTURES_A_ROW, ROWS_A_GALLERY = 12, 2
 CELL_PX = (THUMBNAIL_PX + 14, THUMBNAIL_PX + 4)
 FACT_WIDTH, TEXT_WIDTH = 54, 130
 LINES_A_PAGE = 46
-CHARTS_A_PAGE = 4
+CHARTS_A_PAGE, GALLERIES_A_PAGE = 4, 4
+HALF_PAGE_INCH = 5.2
 
 
-def write_pdf(path: Path, report: Report) -> None:
+@dataclass(frozen=True)
+class ChartPage:
+    """Some charts of one group, drawn side by side; logfile.pdf and report.html share them."""
+
+    group: str
+    charts: Sequence[Chart]
+    figure: Figure
+
+
+def chart_pages(report: Report) -> list[ChartPage]:
+    """Draw the charts that do not move with the slider, up to four a page."""
+    pages = []
+    still = [chart for chart in charts_of(report) if not chart.moves]
+    for name, group in groupby(still, key=lambda chart: chart.group):
+        members = list(group)
+        for start in range(0, len(members), CHARTS_A_PAGE):
+            charts = members[start : start + CHARTS_A_PAGE]
+            pages.append(ChartPage(name, charts, _chart_figure(charts)))
+    return pages
+
+
+def write_pdf(path: Path, report: Report, pages: Sequence[ChartPage]) -> None:
     """Write the report as PDF, complete or not at all."""
-    with replacing(path) as file, PdfPages(file, metadata={"Title": report.title}) as pages:
-        for figure in _pages(report):
-            pages.savefig(figure)
+    with replacing(path) as file, PdfPages(file, metadata={"Title": report.title}) as pdf:
+        for figure in _pages(report, pages):
+            pdf.savefig(figure)
+            figure.set_layout_engine("none")  # for another picture of it: all has its place
 
 
-def _pages(report: Report) -> Iterator[Figure]:
-    charts = charts_of(report)
-    first, others = charts[:2], charts[2:]
-    yield _front_page(report, first)
+def _pages(report: Report, pages: Sequence[ChartPage]) -> Iterator[Figure]:
+    yield _front_page(report, [chart for chart in charts_of(report) if chart.moves])
     lines = _texts(report)
     for start in range(0, len(lines), LINES_A_PAGE):
         yield _text_page(lines[start : start + LINES_A_PAGE])
-    shown = [gallery for gallery in report.galleries if gallery.members or gallery.empty]
-    for start in range(0, len(shown), 4):
-        yield _gallery_page(report.pictures, shown[start : start + 4])
-    for name, group in groupby(others, key=lambda chart: chart.group):
-        members = list(group)
-        for start in range(0, len(members), CHARTS_A_PAGE):
-            yield _chart_page(name, members[start : start + CHARTS_A_PAGE])
+    for start in range(0, len(report.galleries), GALLERIES_A_PAGE):
+        yield _gallery_page(report.pictures, report.galleries[start : start + GALLERIES_A_PAGE])
+    yield from (page.figure for page in pages)
 
 
 def _page(title: str) -> Figure:
@@ -87,7 +105,7 @@ def _wrapped(text: str) -> list[str]:
 
 def shortened_title(title: str, most: int = 100) -> str:
     """Return a title that fits on a page."""
-    return title if len(title) <= most else f"{title[: most - 1]}…"
+    return printable(title if len(title) <= most else f"{title[: most - 1]}…")
 
 
 def _texts(report: Report) -> list[tuple[str, bool]]:
@@ -168,9 +186,11 @@ def _draw_gallery(axes: Axes, pictures: Pictures, gallery: Gallery) -> None:
                   in_layout=False)  # fmt: skip
 
 
-def _chart_page(name: str, charts: Sequence[Chart]) -> Figure:
-    figure = _page(name)
+def _chart_figure(charts: Sequence[Chart]) -> Figure:
+    figure = Figure(figsize=PAGE_INCH, layout="constrained")
     rows, columns = {1: (1, 1), 2: (1, 2)}.get(len(charts), (2, 2))
+    if rows == 1:
+        figure.set_size_inches(PAGE_INCH[0], HALF_PAGE_INCH)
     places = np.ravel(figure.subplots(rows, columns, squeeze=False))
     for axes, chart in zip(places, charts):
         chart.draw(axes)
