@@ -13,7 +13,6 @@ from relion_cryofilter.data.star_labels import (
 )
 from relion_cryofilter.data.star_numbers import read_numbers
 from relion_cryofilter.results.report_data import (
-    FEWEST_MICROGRAPHS,
     Micrographs,
     PickMap,
     Trend,
@@ -54,9 +53,9 @@ def trends(table: dict[str, np.ndarray], accepted: np.ndarray) -> tuple[list[Tre
 
 
 def micrograph_table(particles: ParticleSet, accepted: np.ndarray) -> Micrographs | None:
-    """Count by micrograph, or by stack without micrograph names; None for too few."""
+    """Count by micrograph, or by stack without micrograph names; None for a single one."""
     table = micrographs_of(particles.micrographs, particles.micrograph_of, accepted)
-    return table if len(table.names) >= FEWEST_MICROGRAPHS else None
+    return table if len(table.names) > 1 else None
 
 
 def pick_maps(

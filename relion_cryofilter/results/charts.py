@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -24,8 +24,10 @@ from relion_cryofilter.results.report_data import (
 from relion_cryofilter.wording import counted
 
 MOST_NAMED = 5
-MARKED = 60
-"""With so few micrographs each has a marker."""
+NAMED_ON_AXIS, MARKED = 15, 60
+"""With so few micrographs each has its name on the axis, or a marker."""
+LOG_DENSITY = 5000
+"""With more particles some bins hold hundreds."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,11 @@ def draw_micrographs(axes: Axes, micrographs: Micrographs) -> None:
         _name(axes, rank, share, micrographs, outliers[:MOST_NAMED], place, side)
     axes.set(xlabel="Micrograph, by acceptance", ylabel="Accepted (%)", ylim=(-4, 104),
              title=f"Acceptance of {counted(len(order), 'micrograph')}")  # fmt: skip
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if len(order) <= NAMED_ON_AXIS:
+        names = [shortened(micrographs.names[number], 16) for number in order.tolist()]
+        axes.set_xticks(rank, names, rotation=30, ha="right", fontsize="small")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(loc="lower right", fontsize="small")
 
 
@@ -250,6 +256,7 @@ def draw_picks(axes: Axes, picks: PickMap) -> None:
              title=f"{shortened(picks.name)}: {100 * kept / n:.0f} % accepted")  # fmt: skip
     axes.margins(0.03)
     axes.invert_yaxis()  # as RELION shows micrographs
+    axes.locator_params(nbins=5)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
 
 
@@ -264,8 +271,9 @@ def draw_features(axes: Axes, features: FeatureMap) -> None:
 
 def draw_density(axes: Axes, features: FeatureMap) -> None:
     """Draw the number of particles in each bin of the map of features."""
+    scale: Literal["log"] | None = "log" if len(features.xy) > LOG_DENSITY else None
     x, y = features.xy.T
-    picture = axes.hexbin(x, y, gridsize=45, cmap="cividis", bins="log", mincnt=1,
+    picture = axes.hexbin(x, y, gridsize=45, cmap="cividis", bins=scale, mincnt=1,
                           linewidths=0.1)  # fmt: skip
     axes.figure.colorbar(picture, ax=axes, label="Particles a bin")
     _finish_features(axes, features, "Features by number")

@@ -42,7 +42,7 @@ def draw_roc(axes: Axes, curves: Curves, evaluation: Evaluation) -> None:
     at = (1 - evaluation.specificity.value, evaluation.sensitivity.value)
     _mark_threshold(axes, at, evaluation.threshold)
     axes.set(xlabel="False positive rate", ylabel="True positive rate (recall)", title="ROC")
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc="best", fontsize="small")
     _finish_square(axes, empty=not len(curves.fpr))
 
 
@@ -64,7 +64,7 @@ def draw_precision_recall(axes: Axes, curves: Curves, evaluation: Evaluation) ->
     at = (evaluation.sensitivity.value, evaluation.precision.value)
     _mark_threshold(axes, at, evaluation.threshold)
     axes.set(xlabel="Recall", ylabel="Precision", title="Precision and recall")
-    axes.legend(loc="lower left", fontsize="small")
+    axes.legend(loc="best", fontsize="small")
     _finish_square(axes, empty=not len(curves.recall))
 
 
