@@ -29,13 +29,11 @@ from relion_cryofilter.data.star_numbers import read_numbers
 from relion_cryofilter.options import ScoreOptions
 from relion_cryofilter.relion import job
 from relion_cryofilter.results import charts, figures
+from relion_cryofilter.results.cuts import Cuts, cuts_of, histogram_edges, histogram_of
 from relion_cryofilter.results.metrics import curves, evaluate
+from relion_cryofilter.results.names import distinct_names
 from relion_cryofilter.results.report_data import (
-    Cuts,
-    cuts_of,
     feature_map,
-    histogram_edges,
-    histogram_of,
     micrographs_of,
     trend_of,
 )
@@ -250,7 +248,15 @@ def test_micrographs_that_accept_far_less_are_named():
     assert table.outliers()[0] == [7]
     figure = Figure()
     charts.draw_micrographs(axes := figure.subplots(), table)
-    assert "mic7.mrc" in [text.get_text() for text in axes.texts]
+    assert axes.texts[0].get_text().startswith("Lowest:\n")
+    assert axes.texts[0].get_text().endswith("mic7")
+
+
+def test_names_are_shortened_by_what_all_share():
+    names = ["a/Hole_0012_fractions.mrc", "b/Hole_0022_fractions.mrc"]
+    assert distinct_names(names) == ["Hole_0012", "Hole_0022"]
+    assert distinct_names(["a/1.mrc"]) == ["1.mrc"]
+    assert distinct_names(["x.mrc", "x.mrc"]) == ["x", "x"]
 
 
 def test_the_interval_of_a_trend_is_wilsons():

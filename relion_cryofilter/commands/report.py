@@ -40,14 +40,13 @@ from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.options import MetricsOptions, ScoreOptions, TrainOptions
 from relion_cryofilter.progress import duration
+from relion_cryofilter.results.cuts import cuts_of, histogram_of
 from relion_cryofilter.results.metrics import Evaluation, curves
 from relion_cryofilter.results.report_data import (
     FeatureMap,
     Measured,
     Report,
-    cuts_of,
     feature_map,
-    histogram_of,
 )
 from relion_cryofilter.results.selftests import SelfTest
 

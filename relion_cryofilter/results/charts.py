@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from relion_cryofilter.results import figures
 from relion_cryofilter.results.figures import BLUE, GREY, ORANGE, VERMILION
+from relion_cryofilter.results.names import distinct_names, shortened
 from relion_cryofilter.results.report_data import (
     FeatureMap,
     Micrographs,
@@ -191,41 +192,32 @@ def draw_micrographs(axes: Axes, micrographs: Micrographs) -> None:
         if at:
             axes.plot(rank[at], share[at], color=VERMILION, marker="s", markersize=5, linestyle="",
                       label=f"{counted(len(at), 'outlier')}, {side}")  # fmt: skip
-        _name(axes, rank, share, micrographs, outliers[:MOST_NAMED], place, side)
+        _name(axes, micrographs, outliers, side)
     axes.set(xlabel="Micrograph, by acceptance", ylabel="Accepted (%)", ylim=(-4, 104),
              title=f"Acceptance of {counted(len(order), 'micrograph')}")  # fmt: skip
     if len(order) <= NAMED_ON_AXIS:
-        names = [shortened(micrographs.names[number], 16) for number in order.tolist()]
-        axes.set_xticks(rank, names, rotation=30, ha="right", fontsize="small")
+        names = distinct_names(micrographs.names)
+        shown = [shortened(names[number], 16) for number in order.tolist()]
+        axes.set_xticks(rank, shown, rotation=30, ha="right", fontsize="small")
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(loc="lower right", fontsize="small")
 
 
-def _name(
-    axes: Axes, rank: NDArray[Any], share: NDArray[Any], micrographs: Micrographs,
-    outliers: list[int], place: dict[int, int], side: str,
-) -> None:  # fmt: skip
-    for line, number in enumerate(outliers):
-        at = place[number]
-        text = shortened(micrographs.names[number])
-        across = 0.04 if side == "lower" else 0.3
-        down = 0.96 - 0.06 * line if side == "lower" else 0.36 - 0.06 * line
-        axes.annotate(
-            text, (rank[at], share[at]), xytext=(across, down), textcoords="axes fraction",
-            fontsize="x-small", arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.6},
-        )  # fmt: skip
-
-
-def shortened(name: str, most: int = 34) -> str:
-    """Return the end of a long path, which tells micrographs apart."""
-    name = name.rpartition("/")[2]
-    return printable(name if len(name) <= most else f"…{name[-most + 1 :]}")
-
-
-def printable(text: str) -> str:
-    """Return text that matplotlib neither takes for mathematics nor chokes on."""
-    return text.encode(errors="replace").decode().replace("$", r"\$")
+def _name(axes: Axes, micrographs: Micrographs, outliers: list[int], side: str) -> None:
+    """List outliers where a rising curve leaves room: low ones top left, high ones below."""
+    names = distinct_names(micrographs.names)
+    lines = [
+        f"{100 * micrographs.share[number]:3.0f} %  {shortened(names[number])}"
+        for number in outliers[:MOST_NAMED]
+    ]
+    if not lines:
+        return
+    more = len(outliers) - len(lines)
+    lines = [f"{'Lowest' if side == 'lower' else 'Highest'}:", *lines]
+    lines += [f"and {more:,} more"] if more else []
+    x, y = (0.04, 0.97) if side == "lower" else (0.4, 0.5)
+    axes.text(x, y, "\n".join(lines), va="top", fontsize="small", transform=axes.transAxes)
 
 
 def draw_trend(axes: Axes, trend: Trend) -> None:

@@ -17,8 +17,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from relion_cryofilter.files import replacing
+from relion_cryofilter.results.cuts import histogram_edges
 from relion_cryofilter.results.metrics import Curves, Evaluation
-from relion_cryofilter.results.report_data import histogram_edges
 from relion_cryofilter.wording import counted
 
 SIZE_INCH = (5.0, 4.0)

@@ -14,7 +14,8 @@ from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
 
 from relion_cryofilter.files import replacing
-from relion_cryofilter.results.charts import Chart, charts_of, printable
+from relion_cryofilter.results.charts import Chart, charts_of
+from relion_cryofilter.results.names import printable
 from relion_cryofilter.results.report_data import Gallery, Pictures, Report
 from relion_cryofilter.results.thumbnails import THUMBNAIL_PX, sprite
 
