@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import making
 import numpy as np
 import pytest
@@ -142,3 +144,12 @@ def test_asking_for_a_gpu_that_is_not_there_warns_and_uses_the_processor(caplog,
     monkeypatch.setattr("logging.Logger.propagate", True, raising=False)
     assert choose_devices([0]) == [torch.device("cpu")]
     assert "no CUDA GPU" in caplog.text
+
+
+def test_a_sample_of_the_features_is_kept_whatever_the_order_of_the_disk(project):
+    star, model, path = Path("Extract/job001/particles.star"), making.tiny_model(), Path("f.npy")
+    scores = run(star, model, sample=20, features_path=path, batch_size=5, threads=2)
+    assert len(set(scores.sampled.tolist())) == len(scores.features) == 20
+    assert np.array_equal(scores.features, np.load(path)[scores.sampled])
+    assert run(star, model, sample=1000).sampled.tolist() == list(range(48))
+    assert not run(star, model).features.size
