@@ -174,3 +174,12 @@ def test_bfloat16_scores_do_not_depend_on_the_batch(project):
     model = replace(making.tiny_model(), precision=torch.bfloat16)
     first = run(path, model).values
     assert np.array_equal(run(path, model, batch_size=5, threads=2).values, first)
+
+
+def test_a_sample_of_the_features_is_kept_whatever_the_order_of_the_disk(project):
+    star, model, path = Path("Extract/job001/particles.star"), making.tiny_model(), Path("f.npy")
+    scores = run(star, model, sample=20, features_path=path, batch_size=5, threads=2)
+    assert len(set(scores.sampled.tolist())) == len(scores.features) == 20
+    assert np.array_equal(scores.features, np.load(path)[scores.sampled])
+    assert run(star, model, sample=1000).sampled.tolist() == list(range(48))
+    assert not run(star, model).features.size

@@ -107,7 +107,7 @@ def test_too_few_of_a_kind_in_a_part_raise_the_alarm():
     parts = {"training": np.arange(0, 100, 2), "test": np.arange(1, 100, 2)}
     test = evidence_test(parts, labels)
     assert not test.passed
-    assert "the test holds 2 good particle(s): too few" in test.finding
+    assert "the test holds 2 good particles: too few" in test.finding
     assert evidence_test(parts, np.arange(100) % 4 < 2).passed
 
 
@@ -118,4 +118,4 @@ def test_accepted_noise_and_shared_micrographs_raise_the_alarm():
     clean = {"training": np.array([0, 1]), "test": np.array([2, 3, 4, 5])}
     assert split_test(clean, groups, "micrograph").passed
     mixed = {"training": np.array([0, 2]), "test": np.array([1, 3, 4, 5])}
-    assert "2 micrograph(s) on two sides" in split_test(mixed, groups, "micrograph").finding
+    assert "2 micrographs on two sides" in split_test(mixed, groups, "micrograph").finding

@@ -15,6 +15,8 @@ from relion_cryofilter.files import write_text
 from relion_cryofilter.results import figures
 from relion_cryofilter.results.metrics import Evaluation, curves
 
+METRICS, PREDICTIONS = "metrics.json", "predictions.csv"
+
 
 def write_evaluation(
     folder: Path,
@@ -38,8 +40,8 @@ def write_evaluation(
         What metrics.json says besides: the data, the split, the models.
     """
     text = json.dumps({**about, **evaluation.to_dict()}, indent=2)
-    write_text(folder / "metrics.json", f"{text}\n")
-    _write_predictions(folder / "predictions.csv", particles, labels, scores)
+    write_text(folder / METRICS, f"{text}\n")
+    _write_predictions(folder / PREDICTIONS, particles, labels, scores)
     lines = curves(labels, scores)
     figures.save_roc(folder / "roc.png", lines, evaluation)
     figures.save_precision_recall(folder / "precision_recall.png", lines, evaluation)

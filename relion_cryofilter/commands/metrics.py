@@ -9,14 +9,22 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
+from relion_cryofilter.commands.closing import log_files
 from relion_cryofilter.commands.contrast import check_contrast
-from relion_cryofilter.commands.evaluation import write_evaluation
+from relion_cryofilter.commands.evaluation import METRICS, PREDICTIONS, write_evaluation
 from relion_cryofilter.commands.models import (
     check_pixel_size,
     check_request,
     describe_models,
     read_models,
     resolve_threshold,
+)
+from relion_cryofilter.commands.report import (
+    FEATURE_SAMPLE,
+    LOGFILE,
+    REPORT,
+    Tested,
+    write_test_report,
 )
 from relion_cryofilter.data.labelled import (
     LabelledSet,
@@ -33,6 +41,7 @@ from relion_cryofilter.options import MetricsOptions, TrainOptions
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion.labels import read_labels
 from relion_cryofilter.results.metrics import evaluate
+from relion_cryofilter.wording import counted
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -79,6 +88,7 @@ def metrics(
         batch_size=options.batch_size,
         tta=options.tta,
         skip_bad=options.skip_bad,
+        sample=FEATURE_SAMPLE,
     )
     good = np.setdiff1d(np.arange(len(labelled)), scores.bad.rows)
     labelled, values = labelled.take(good), np.round(scores.values[good], 6)
@@ -99,8 +109,20 @@ def metrics(
     }
     write_evaluation(folder, labelled.particles, labelled.labels, values, evaluation, about)
     log.info("Threshold %g (%s).\n%s", threshold, reason, evaluation.summary())
-    log.info("Results are in %s/", folder)
-    return ()
+    tested = Tested(
+        mode="metrics", options=options, labelled=labelled, values=values, evaluation=evaluation,
+        models=describe_models(models, options), part=part, reason=reason, sources=labelled.notes,
+        scores=scores,
+    )  # fmt: skip
+    outputs = write_test_report(folder, tested)
+    n = counted(len(labelled), "labelled particle")
+    files = {
+        METRICS: f"figures of {n}",
+        PREDICTIONS: "scores",
+        LOGFILE: "for RELION's Display menu",
+    }
+    log_files(folder, {**files, REPORT: "the same for a browser, with a threshold slider"})
+    return outputs
 
 
 def _warn_of_seen(models: Sequence[Model], labelled: LabelledSet) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
+from relion_cryofilter.commands.closing import log_files
 from relion_cryofilter.commands.contrast import check_contrast
 from relion_cryofilter.commands.models import (
     check_pixel_size,
@@ -19,8 +20,17 @@ from relion_cryofilter.commands.models import (
     read_models,
     resolve_threshold,
 )
+from relion_cryofilter.commands.report import (
+    FEATURE_SAMPLE,
+    LOGFILE,
+    REPORT,
+    Scored,
+    write_score_report,
+)
+from relion_cryofilter.commands.report_facts import describe_set
 from relion_cryofilter.commands.subsets import (
     describe_counts,
+    describe_files,
     refuse_to_overwrite,
     result_names,
     table_of,
@@ -44,6 +54,7 @@ from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.options import ScoreOptions
 from relion_cryofilter.processes import process_count
 from relion_cryofilter.progress import Progress, duration
+from relion_cryofilter.wording import counted
 
 SCORES_CSV, FEATURES, BAD_IMAGES = "scores.csv", "features.npy", "bad_images.csv"
 
@@ -89,6 +100,7 @@ def score(
         skip_bad=options.skip_bad,
         cache=_cache(options, models, particles, ranks),
         ranks=ranks,
+        sample=FEATURE_SAMPLE if options.o is not None else 0,
     )
     if not ranks.first:
         return ()
@@ -112,17 +124,30 @@ def score(
     log.info("Threshold %g (%s).", threshold, reason)
     log.info(
         "Scored %s particles in %s (%s/s)%s: %s.",
-        f"{len(values) - scores.n_known:,}", duration(progress.seconds),
-        f"{(len(values) - scores.n_known) / progress.seconds:,.0f}",
+        f"{len(values) - scores.n_known:,}", duration(scores.seconds),
+        f"{(len(values) - scores.n_known) / max(scores.seconds, 1e-9):,.0f}",
         f", {scores.n_known:,} were known" if scores.n_known else "", describe_counts(accepted),
     )  # fmt: skip
-    log.info("Results are in %s/", places.extras)
+    scored = Scored(
+        options, particles, describe_models(models, options), scores, values, threshold, reason,
+        accepted,
+    )  # fmt: skip
+    outputs += write_score_report(scored)
+    written = describe_files(table if places.star else None, accepted)
+    _close(places, written, len(values), len(scores.bad))
     return outputs
 
 
 def _check_processes(options: ScoreOptions) -> None:
     if options.features and process_count() > 1:
         raise UsageError("--features is written by one process; leave it out, or start one.")
+
+
+def _close(places: _Places, files: dict[str, str], n: int, n_bad: int) -> None:
+    """Name the files, with the numbers of their rows."""
+    files |= {places.csv.name: counted(n, "score"), FEATURES: counted(n, "feature vector")}
+    files |= {BAD_IMAGES: counted(n_bad, "image"), LOGFILE: "for RELION's Display menu"}
+    log_files(places.extras, {**files, REPORT: "the same for a browser, with a threshold slider"})
 
 
 @dataclass(frozen=True)
@@ -208,19 +233,20 @@ def _check_label(label: str) -> None:
 def _announce(
     particles: ParticleSet, models: Sequence[Model], options: ScoreOptions, ranks: Ranks
 ) -> None:
-    log.info(
-        "Read %s: %s particles in %s stacks, %s micrographs, %d optics group(s).",
-        particles.source, f"{len(particles):,}", f"{len(particles.stacks):,}",
-        f"{len(particles.micrographs):,}", len(particles.optics),
-    )  # fmt: skip
+    log.info("Read %s: %s.", particles.source, describe_set(particles))
     views = ""
     if options.tta:
         same = all(model.network.equivariant for model in models)
         views = ", the same for all eight views" if same else ", averaged over eight views"
     shared = f" in each of {ranks.count} processes" if ranks.count > 1 else ""
     log.info(
-        "Model %s%s; %d thread(s)%s.",
-        describe_models(models, options), views, options.threads, shared,
+        "Model %s%s; %s%s.", describe_models(models, options), views,
+        counted(options.threads, "thread"), shared,
+    )  # fmt: skip
+    log.info(
+        "To do: score every particle and accept %s; results go to %s.",
+        f"at threshold {options.threshold}" if options.threshold else "at the model's threshold",
+        f"{options.o}/" if options.o else options.out_file,
     )  # fmt: skip
     if not options.weights:
         log.warning(

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
+from relion_cryofilter.commands.closing import log_files
 from relion_cryofilter.commands.subsets import (
     Table,
     describe_counts,
+    describe_files,
     refuse_to_overwrite,
     result_names,
     warn_if_none,
@@ -25,6 +27,7 @@ from relion_cryofilter.errors import ModelError, StarError, UsageError
 from relion_cryofilter.options import SelectOptions
 from relion_cryofilter.results.operating_curve import OperatingCurve, share_interval
 from relion_cryofilter.results.thresholds import choose_threshold
+from relion_cryofilter.wording import counted
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -55,6 +58,10 @@ def select(
         reason += f"{curve.precision_at(threshold):.3f}"
     else:
         threshold = choose_threshold(request, scores)
+    log.info(
+        "Read %s: %s, scores %.4f to %.4f.", options.in_parts, counted(len(scores), "particle"),
+        scores.min(), scores.max(),
+    )  # fmt: skip
     accepted = scores >= threshold
     if request.kind == "count" and accepted.sum() > request.value:
         reason += "; particles that tie with the last one are accepted too"
@@ -62,7 +69,8 @@ def select(
     warn_if_none(accepted, scores, threshold)
     outputs = write_accepted_and_rejected(options.o, table, accepted)
     log.info("Threshold %g (%s): %s.", threshold, reason, describe_counts(accepted))
-    log.info("Results are in %s/", options.o)
+    files = describe_files(table, accepted)
+    log_files(options.o, {output: files[output] for output in list(files)[1:]})
     return outputs
 
 

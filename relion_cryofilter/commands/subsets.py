@@ -14,6 +14,7 @@ from relion_cryofilter.commands import Output
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.data.star_writing import StarTable
 from relion_cryofilter.errors import UsageError
+from relion_cryofilter.wording import counted
 
 ALL, ACCEPTED, REJECTED = "particles.star", "particles_accepted.star", "particles_rejected.star"
 
@@ -86,6 +87,19 @@ def _write(
     table.write(filled, values)
     outputs = tuple(Output(path.name, "particles") for path in filled)
     return outputs if table.suffix == ".star" else ()
+
+
+def describe_files(table: Table | None, accepted: np.ndarray) -> dict[str, str]:
+    """Return what the files of a table hold, by name, for the last lines of run.out."""
+    if table is None:
+        return {}
+    n, kept = len(accepted), int(accepted.sum())
+    texts = {
+        ALL: counted(n, "particle") + " with scores",
+        ACCEPTED: counted(kept, "particle"),
+        REJECTED: counted(n - kept, "particle"),
+    }
+    return {Path(name).with_suffix(table.suffix).name: text for name, text in texts.items()}
 
 
 def refuse_to_overwrite(sources: Iterable[Path | None], results: Iterable[Path]) -> None:

@@ -11,11 +11,20 @@ import numpy as np
 import torch
 
 from relion_cryofilter.commands import Output
+from relion_cryofilter.commands.closing import log_files
 from relion_cryofilter.commands.contrast import refuse_dark
-from relion_cryofilter.commands.evaluation import write_evaluation
-from relion_cryofilter.commands.fitting import MODEL, Start, fit, model_name, settings_of
+from relion_cryofilter.commands.evaluation import METRICS, PREDICTIONS, write_evaluation
+from relion_cryofilter.commands.fitting import (
+    HISTORY,
+    MODEL,
+    Start,
+    fit,
+    model_name,
+    settings_of,
+)
 from relion_cryofilter.commands.metrics import labelled_set, results_folder
 from relion_cryofilter.commands.models import BUNDLED_MODEL, check_pixel_size, resolve_threshold
+from relion_cryofilter.commands.report import LOGFILE, REPORT, Tested, write_test_report
 from relion_cryofilter.commands.selftests import log_self_tests, run_self_tests
 from relion_cryofilter.commands.subsets import refuse_to_overwrite
 from relion_cryofilter.data.labelled import LabelledSet, Split, split_by_micrograph
@@ -35,6 +44,7 @@ from relion_cryofilter.nn.small_images import Loaded, load_small_images
 from relion_cryofilter.options import TrainOptions
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.results.metrics import evaluate
+from relion_cryofilter.wording import counted
 
 DEFAULT_NETWORK = "straight"
 WIDTHS = (4, 8, 16)
@@ -94,9 +104,17 @@ def train_on(
     ]
     if not ranks.first:
         return ()
-    _measure(folder, models, loaded, labelled, split, options)
-    log.info("Results are in %s/", folder)
-    return ()
+    tested = _measure(folder, models, loaded, labelled, split, options)
+    outputs = write_test_report(folder, tested)
+    log_files(folder, _files(options))
+    return outputs
+
+
+def _files(options: TrainOptions) -> dict[str, str]:
+    files = {model_name(number): "for score --weights" for number in range(1, options.ensemble + 1)}
+    files |= {HISTORY: "loss, accuracy and AUC of each epoch", METRICS: "figures of the test part"}
+    files |= {PREDICTIONS: "scores of the test part", LOGFILE: "for RELION's Display menu"}
+    return {**files, REPORT: "the same for a browser"}
 
 
 def _start(options: TrainOptions, labelled: LabelledSet) -> Start:
@@ -169,6 +187,14 @@ def _check_parts(split: Split, labels: np.ndarray) -> None:
             )
 
 
+def _describe_parts(labels: np.ndarray, split: Split) -> str:
+    return ", ".join(
+        f"{name} {len(rows):,} ({labels[rows].sum():,} good, "
+        f"{counted(len(np.unique(split.clusters[rows])), split.cluster_unit)})"
+        for name, rows in split.parts.items()
+    )
+
+
 def _announce(
     labelled: LabelledSet, split: Split, start: Start, loaded: Loaded, options: TrainOptions
 ) -> None:
@@ -177,11 +203,7 @@ def _announce(
         "%s labelled particles: %s good, %s bad. Small images: %s.",
         f"{len(labelled):,}", f"{labels.sum():,}", f"{(~labels).sum():,}", loaded.images.where,
     )  # fmt: skip
-    parts = ", ".join(
-        f"{name} {len(rows):,} ({labels[rows].sum():,} good, "
-        f"{len(np.unique(split.clusters[rows]))} {split.cluster_unit}s)"
-        for name, rows in split.parts.items()
-    )
+    parts = _describe_parts(labels, split)
     log.info("Split by %s, seed %d: %s.", split.unit, options.seed, parts)
     share = len(split.train) / len(labelled)
     if abs(share - options.split) > 0.1:
@@ -197,9 +219,10 @@ def _announce(
     network = start.network
     weights = sum(parameter.numel() for parameter in network.parameters())
     log.info(
-        "Network %s, %d px, %s weights, %s; %d thread(s).",
+        "Network %s, %d px, %s weights, %s; %s.",
         network.name, network.dim, f"{weights:,}",
-        f"fine-tuned from {start.origin}" if start.origin else "from scratch", options.threads,
+        f"fine-tuned from {start.origin}" if start.origin else "from scratch",
+        counted(options.threads, "thread"),
     )  # fmt: skip
 
 
@@ -210,7 +233,7 @@ def _measure(
     labelled: LabelledSet,
     split: Split,
     options: TrainOptions,
-) -> None:
+) -> Tested:
     """Measure the models together on the test part and ask the self-tests."""
     test = labelled.take(split.test)
     small = loaded.images.get(split.test)
@@ -221,10 +244,11 @@ def _measure(
         test.labels, scores, split.clusters[split.test], threshold, seed=options.seed
     )
     tests = run_self_tests(models, threshold, loaded, labelled, split, options.seed)
+    part = f"test part of a split by {split.unit}, --split {options.split:g}"
+    part += f" --seed {options.seed}"
     about = {
         "data": labelled.particles.source,
-        "part": f"test part of a split by {split.unit}, --split {options.split:g}"
-        f" --seed {options.seed}",
+        "part": part,
         "model": ", ".join(model.hash for model in models),
         "threshold_request": str(options.threshold),
         "self_tests": [asdict(item) for item in tests],
@@ -236,3 +260,10 @@ def _measure(
         target = options.weight_dir or folder
         names = " ".join(str(target / model_name(n)) for n in range(1, len(models) + 1))
         log.info("The scores above are the mean of %d models: --weights %s", len(models), names)
+    return Tested(
+        mode="train", options=options, labelled=test, values=scores, evaluation=evaluation,
+        models=", ".join(f"hash {model.hash}" for model in models), part=part,
+        reason=f"for {options.threshold}, from the validation part",
+        sources=[*labelled.notes, _describe_parts(labelled.labels, split)], self_tests=tests,
+        history=(options.history_dir or folder) / HISTORY,
+    )  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.errors import CryoFilterError
+from relion_cryofilter.wording import counted
 
 ATTEMPTS = 200
 FEWEST_STACKS = 10
@@ -143,8 +144,8 @@ def split_by_micrograph(
     for kind, count in (("positive", labels.sum()), ("negative", (~labels).sum())):
         if count < len(("train", "validation", "test")):
             raise CryoFilterError(
-                f"Only {count} {kind} particle(s); training, validation and test need at least "
-                "one each. Label more."
+                f"Only {counted(int(count), f'{kind} particle')}; training, validation and test "
+                "need at least one each. Label more."
             )
     clusters, cluster_unit = clusters_of(particles)
     units = {"stack": by_name(particles.stack_of, particles.stack_names)}

@@ -10,3 +10,8 @@ CLASS_NUMBER = "rlnClassNumber"
 
 SCORE_LABEL = "rlnParticleFigureOfMerit"
 """RELION's own label for how good a particle is; select, sort and histogram work on it."""
+
+COORDINATES = ("rlnCoordinateX", "rlnCoordinateY")
+DEFOCUS = ("rlnDefocusU", "rlnDefocusV")
+CTF_MAX_RESOLUTION = "rlnCtfMaxResolution"
+AUTOPICK_FIGURE_OF_MERIT = "rlnAutopickFigureOfMerit"

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from relion_cryofilter.errors import UsageError
+from relion_cryofilter.wording import counted
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -29,7 +30,7 @@ def choose_devices(gpus: list[int] | None) -> list[torch.device]:
     present = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus == []:
         if present:
-            log.info("This machine has %d GPU(s); --gpu 0 would use the first.", present)
+            log.info("This machine has %s; --gpu 0 would use the first.", counted(present, "GPU"))
         return [CPU]
     if not present:
         log.warning("--gpu was given, but torch sees no CUDA GPU here; using the processor.")

@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any, cast
@@ -37,13 +37,21 @@ class Scores:
         (n,) float64 in input order, 0 to 1, higher is better; bad images score 0.
     bad
         The images that could not be scored.
+    seconds
+        Wall time.
     n_known
         How many were scored by an earlier run.
+    sampled, features
+        (s,) rows of a random sample of those that this run and process scored, ascending, and
+        their (s, k) features, for the report.
     """
 
     values: np.ndarray
     bad: BadImages
+    seconds: float = 0.0
     n_known: int = 0
+    sampled: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    features: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
 
 
 def score_particles(
@@ -59,6 +67,7 @@ def score_particles(
     skip_bad: bool = False,
     cache: ScoreCache | None = None,
     ranks: Ranks = ALONE,
+    sample: int = 0,
 ) -> Scores:
     """Score every particle that is not in the cache.
 
@@ -84,6 +93,8 @@ def score_particles(
         What earlier runs found; what this one finds is added at once.
     ranks
         The processes that share out the images. Only the first gets the scores of all.
+    sample
+        Of so many particles, chosen at random, the features are kept in memory.
 
     Raises
     ------
@@ -103,7 +114,8 @@ def score_particles(
     rows = ranks.share(left[np.lexsort((particles.index[left], particles.stack_of[left]))])
     progress.begin_at(len(particles) - len(left))
     ranks.wait()  # until all have read what is known
-    scorer = _Scorer(models, devices, tta, features_path is not None)
+    scorer = _Scorer(models, devices, tta, features_path is not None or sample > 0)
+    sampled = _FeatureSample(rows, sample)
     batches = map_batches(
         scorer, particles, rows, headers, threads=threads, batch_size=batch_size,
         when_done=lambda done, result: cache.add(done, result.scores) if cache else None,
@@ -113,6 +125,7 @@ def score_particles(
         for batch_rows, result in batches:
             values[batch_rows] = result.scores
             features.write(batch_rows, result.features)
+            sampled.keep(batch_rows, result.features)
             if result.faults and not len(bad) and not skip_bad:
                 log.warning("Found images that can't be used; counting them all before stopping.")
             for reason, places in result.faults.items():
@@ -128,7 +141,8 @@ def score_particles(
         bad.refuse_if_all()
         if not skip_bad:
             bad.refuse()
-    return Scores(values, bad, len(particles) - len(left))
+    n_known = len(particles) - len(left)
+    return Scores(values, bad, progress.seconds, n_known, sampled.rows, sampled.features)
 
 
 @dataclass(frozen=True)
@@ -192,6 +206,26 @@ def _own_stream(device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda":
         return nullcontext()
     return cast(AbstractContextManager[Any], torch.cuda.stream(torch.cuda.Stream(device)))  # type: ignore[no-untyped-call]
+
+
+class _FeatureSample:
+    """Features of a random sample of `rows`, at most `count`; NaN until they are seen."""
+
+    def __init__(self, rows: np.ndarray, count: int) -> None:
+        if len(rows) > count:
+            rows = np.random.default_rng(0).choice(rows, count, replace=False, shuffle=False)
+        self.rows = np.sort(rows)
+        self.features = np.empty((len(self.rows), 0), np.float32)
+
+    def keep(self, rows: np.ndarray, features: np.ndarray) -> None:
+        """Keep those of (m, k) `features` whose `rows` are in the sample."""
+        if not len(self.rows):
+            return
+        if not self.features.shape[1]:
+            self.features = np.full((len(self.rows), features.shape[1]), np.nan, np.float32)
+        place = np.minimum(np.searchsorted(self.rows, rows), len(self.rows) - 1)
+        held = self.rows[place] == rows
+        self.features[place[held]] = features[held]
 
 
 class _FeatureFile:

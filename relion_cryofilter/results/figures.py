@@ -17,32 +17,44 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from relion_cryofilter.files import replacing
+from relion_cryofilter.results.cuts import histogram_edges
 from relion_cryofilter.results.metrics import Curves, Evaluation
+from relion_cryofilter.wording import counted
 
 SIZE_INCH = (5.0, 4.0)
 DOTS_PER_INCH = 150
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 """From the palette of Okabe and Ito (2008), which colour-blind readers can tell apart."""
 GREY = "0.55"
-HISTOGRAM_EDGES = np.linspace(0, 1, 51).tolist()
 
 
 def save_roc(path: Path, curves: Curves, evaluation: Evaluation) -> None:
     """Draw true against false positive rate, with the AUC and the threshold."""
     figure, axes = _new_figure()
+    draw_roc(axes, curves, evaluation)
+    _save(figure, path)
+
+
+def draw_roc(axes: Axes, curves: Curves, evaluation: Evaluation) -> None:
+    """Draw what `save_roc` saves."""
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="chance")
     axes.plot(curves.fpr, curves.tpr, color=BLUE, label=f"AUC {evaluation.auc}")
     at = (1 - evaluation.specificity.value, evaluation.sensitivity.value)
     _mark_threshold(axes, at, evaluation.threshold)
     axes.set(xlabel="False positive rate", ylabel="True positive rate (recall)", title="ROC")
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc="best", fontsize="small")
     _finish_square(axes, empty=not len(curves.fpr))
-    _save(figure, path)
 
 
 def save_precision_recall(path: Path, curves: Curves, evaluation: Evaluation) -> None:
     """Draw precision against recall, with the average precision and the threshold."""
     figure, axes = _new_figure()
+    draw_precision_recall(axes, curves, evaluation)
+    _save(figure, path)
+
+
+def draw_precision_recall(axes: Axes, curves: Curves, evaluation: Evaluation) -> None:
+    """Draw what `save_precision_recall` saves."""
     share = evaluation.n_positive / evaluation.n
     axes.axhline(share, color=GREY, linestyle=":", label=f"no filter: {share:.3f} good")
     axes.step(
@@ -52,30 +64,45 @@ def save_precision_recall(path: Path, curves: Curves, evaluation: Evaluation) ->
     at = (evaluation.sensitivity.value, evaluation.precision.value)
     _mark_threshold(axes, at, evaluation.threshold)
     axes.set(xlabel="Recall", ylabel="Precision", title="Precision and recall")
-    axes.legend(loc="lower left", fontsize="small")
+    axes.legend(loc="best", fontsize="small")
     _finish_square(axes, empty=not len(curves.recall))
-    _save(figure, path)
 
 
 def save_reliability(path: Path, curves: Curves, evaluation: Evaluation) -> None:
     """Draw the fraction of good images against the mean score, bin by bin, with the ECE."""
     figure, axes = _new_figure()
+    draw_reliability(axes, curves, evaluation)
+    _save(figure, path)
+
+
+def draw_reliability(axes: Axes, curves: Curves, evaluation: Evaluation) -> None:
+    """Draw what `save_reliability` saves; a single bin is a point, and said to be one."""
     axes.plot([0, 1], [0, 1], color=GREY, linestyle=":", label="calibrated")
-    axes.plot(curves.bin_score, curves.bin_fraction, color=BLUE, label=f"ECE {evaluation.ece}")
+    one = len(curves.bin_count) == 1
     area = 12 + 120 * curves.bin_count / curves.bin_count.max()
+    label = "the only bin that holds images" if one else "a bin; area: number of images"
     axes.scatter(
-        curves.bin_score, curves.bin_fraction, s=area, color=BLUE, zorder=3,
-        label="a bin; area: number of images",
+        curves.bin_score, curves.bin_fraction, s=40 if one else area, color=BLUE, zorder=3,
+        label=label,
+    )  # fmt: skip
+    axes.plot(
+        curves.bin_score, curves.bin_fraction, color=BLUE, linestyle="" if one else "-",
+        label=f"ECE {evaluation.ece}",
     )  # fmt: skip
     axes.set(xlabel="Mean score", ylabel="Fraction of good images", title="Reliability")
-    axes.legend(loc="lower right", fontsize="small")
+    axes.legend(loc="best", fontsize="small")
     _finish_square(axes)
-    _save(figure, path)
 
 
 def save_confusion_matrix(path: Path, evaluation: Evaluation) -> None:
     """Draw the confusion matrix: numbers of images, and shares of each true class."""
     figure, axes = _new_figure()
+    draw_confusion_matrix(axes, evaluation)
+    _save(figure, path)
+
+
+def draw_confusion_matrix(axes: Axes, evaluation: Evaluation) -> None:
+    """Draw what `save_confusion_matrix` saves."""
     counts = np.array(evaluation.confusion, dtype=float)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -90,14 +117,15 @@ def save_confusion_matrix(path: Path, evaluation: Evaluation) -> None:
         xlabel=f"At threshold {evaluation.threshold:g}", ylabel="Label",
         title=f"Accuracy {evaluation.accuracy}",
     )  # fmt: skip
-    figure.colorbar(picture, ax=axes, label="Share of the images with this label")
-    _save(figure, path)
+    axes.figure.colorbar(picture, ax=axes, label="Share of the images with this label")
 
 
 def save_score_histogram(
     path: Path, labels: ArrayLike | None, scores: ArrayLike, threshold: float
 ) -> None:
     """Draw how many images have which score, for each class if labels are given.
+
+    The axis is 0 to 1, or narrower where all scores lie close together.
 
     Parameters
     ----------
@@ -112,19 +140,20 @@ def save_score_histogram(
     """
     figure, axes = _new_figure()
     values = np.asarray(scores)
+    edges = histogram_edges(values, threshold).tolist()
     accepted = int(np.count_nonzero(values >= float(threshold)))
     if labels is None:
-        axes.hist(values, HISTOGRAM_EDGES, color=BLUE, alpha=0.8, label=f"{values.size:,} images")
+        axes.hist(values, edges, color=BLUE, alpha=0.8, label=counted(values.size, "image"))
     else:
         good = np.asarray(labels, dtype=bool)
         for name, chosen, colour in (("good", good, BLUE), ("bad", ~good, ORANGE)):
             label = f"{np.count_nonzero(chosen):,} {name}"
-            _draw_class(axes, values[chosen], colour, label)
+            _draw_class(axes, values[chosen], edges, colour, label)
     axes.axvline(
         threshold, color=VERMILION, linestyle="--",
         label=f"threshold {threshold:g}: {accepted:,} accepted",
     )  # fmt: skip
-    axes.set(xlabel="Score", ylabel="Number of images", title="Scores", xlim=(0, 1))
+    axes.set(xlabel="Score", ylabel="Number of images", title="Scores", xlim=(edges[0], edges[-1]))
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
     _save(figure, path)
 
@@ -142,26 +171,45 @@ def save_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     """
     figure = _blank_figure()
     losses, rates = figure.subplots(2, 1, sharex=True)
-    epochs = _column(history, "epoch")
-    marker = "o" if len(epochs) == 1 else ""
-    for axes, name, label, colour in (
-        (losses, "train_loss", "training", ORANGE),
-        (losses, "val_loss", "validation", BLUE),
-        (rates, "train_acc", "training accuracy", ORANGE),
-        (rates, "val_acc", "validation accuracy", BLUE),
-        (rates, "val_auc", "validation AUC", GREEN),
-    ):
-        axes.plot(epochs, _column(history, name), color=colour, label=label, marker=marker)
-    best = _best_row(history)
-    for axes in (losses, rates):
-        axes.axvline(epochs[best], color=GREY, linestyle="--")
-    auc = _column(history, "val_auc")[best]
-    losses.set(ylabel="Loss", title=f"Best epoch {epochs[best]:.0f}: validation AUC {auc:.3f}")
-    rates.set(xlabel="Epoch", ylabel="Accuracy, AUC")
-    rates.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for axes in (losses, rates):
-        axes.legend(loc="best", fontsize="small")
+    draw_losses(losses, history)
+    losses.set(xlabel="")
+    draw_rates(rates, history)
+    rates.set(title="")
     _save(figure, path)
+
+
+def draw_losses(axes: Axes, history: Sequence[Mapping[str, float]]) -> None:
+    """Draw the losses of a training run, epoch by epoch."""
+    lines = (("train_loss", "training", ORANGE), ("val_loss", "validation", BLUE))
+    _draw_epochs(axes, history, lines, "Loss")
+
+
+def draw_rates(axes: Axes, history: Sequence[Mapping[str, float]]) -> None:
+    """Draw the accuracies and the AUC of a training run, epoch by epoch."""
+    lines = (
+        ("train_acc", "training accuracy", ORANGE),
+        ("val_acc", "validation accuracy", BLUE),
+        ("val_auc", "validation AUC", GREEN),
+    )
+    _draw_epochs(axes, history, lines, "Accuracy, AUC")
+
+
+def _draw_epochs(
+    axes: Axes,
+    history: Sequence[Mapping[str, float]],
+    lines: Sequence[tuple[str, str, str]],
+    ylabel: str,
+) -> None:
+    epochs, best = _column(history, "epoch"), _best_row(history)
+    marker = "o" if len(epochs) == 1 else ""
+    for name, label, colour in lines:
+        axes.plot(epochs, _column(history, name), color=colour, label=label, marker=marker)
+    axes.axvline(epochs[best], color=GREY, linestyle="--")
+    auc = _column(history, "val_auc")[best]
+    title = f"Best epoch {epochs[best]:.0f}: validation AUC {auc:.3f}"
+    axes.set(xlabel="Epoch", ylabel=ylabel, title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.legend(loc="best", fontsize="small")
 
 
 def _column(history: Sequence[Mapping[str, float]], name: str) -> NDArray[np.float64]:
@@ -176,10 +224,12 @@ def _best_row(history: Sequence[Mapping[str, float]]) -> int:
     return int(np.argmin(_column(history, "val_loss")))
 
 
-def _draw_class(axes: Axes, values: NDArray[np.floating], colour: str, label: str) -> None:
+def _draw_class(
+    axes: Axes, values: NDArray[np.floating], edges: list[float], colour: str, label: str
+) -> None:
     """Draw a see-through histogram with a firm outline, so that two can overlap."""
-    axes.hist(values, HISTOGRAM_EDGES, color=colour, alpha=0.35)
-    axes.hist(values, HISTOGRAM_EDGES, color=colour, histtype="step", linewidth=1.5, label=label)
+    axes.hist(values, edges, color=colour, alpha=0.35)
+    axes.hist(values, edges, color=colour, histtype="step", linewidth=1.5, label=label)
 
 
 def _mark_threshold(axes: Axes, at: tuple[float, float], threshold: float) -> None:

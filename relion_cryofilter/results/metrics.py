@@ -27,6 +27,7 @@ from relion_cryofilter.results.bootstrap import (
     intervals,
     rank,
 )
+from relion_cryofilter.wording import counted
 
 MAX_DRAWN_IMAGES = 100_000_000
 """Resamples × images of a bootstrap; some ten seconds."""
@@ -44,6 +45,8 @@ METRICS = {
     "precision": "Precision",
 }
 """The metrics of an evaluation, in order, and their names in print."""
+SINCE_2020 = ("precision", "average_precision", "fpr_at_95_recall", "ece")
+"""Those that the 2020 program did not print."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +103,16 @@ class Evaluation:
         return data
 
     def summary(self) -> str:
-        """Return the summary of the 2020 program, then the metrics with their intervals."""
+        """Return the lines of the 2020 program, with intervals, and those of the other metrics."""
         lines = [
-            f"Auc: {self.auc.value:.3f}",
+            f"Auc: {self.auc}",
             f"CM:\n{np.array(self.confusion)}",
-            f"Acc: {self.accuracy.value:.3f}",
-            f"Specificity: {self.specificity.value:.3f}",
-            f"Sensitivity: {self.sensitivity.value:.3f}",
-            "",
-            *(f"{METRICS[name]:<20}{getattr(self, name)}" for name in METRICS),
-            f"Threshold {self.threshold:g}; {self.n:,} images, {self.n_positive:,} of them good.",
+            f"Acc: {self.accuracy}",
+            f"Specificity: {self.specificity}",
+            f"Sensitivity: {self.sensitivity}",
+            *(f"{METRICS[name]}: {getattr(self, name)}" for name in SINCE_2020),
+            f"{counted(self.n, 'image')}, {self.n_positive:,} of them good; threshold "
+            f"{self.threshold:g}.",
             self._on_intervals(),
         ]
         return "\n".join(lines)
@@ -122,13 +125,13 @@ class Evaluation:
         if self.n_groups == 1:
             return "No intervals: all images come from one micrograph, at least two are needed."
         text = (
-            f"Intervals: 95 %, from {self.resamples:,} bootstrap resamples of "
-            f"{self.n_groups:,} micrographs with {self.n:,} images"
+            f"[95 % intervals: {self.resamples:,} bootstrap resamples of "
+            f"{counted(self.n_groups, 'micrograph')}"
         )
         if self.skipped:
             text += f"; {self.skipped:,} more lacked a class and were left out"
-        few = " With so few micrographs they may be too narrow."
-        return f"{text}.{few if self.n_groups < FEW_GROUPS else ''}"
+        few = "; with so few they may be too narrow" if self.n_groups < FEW_GROUPS else ""
+        return f"{text}{few}.]"
 
 
 @dataclass(frozen=True, eq=False)

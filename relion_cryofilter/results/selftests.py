@@ -13,6 +13,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from relion_cryofilter.wording import counted
+
 LEAK_AUC = 0.85
 """A single number that separates the classes so well for certain is a leak, not biology."""
 
@@ -235,7 +237,7 @@ def split_test(parts: Mapping[str, np.ndarray], clusters: np.ndarray, unit: str)
     """
     sides = [set(clusters[rows].tolist()) for rows in parts.values()]
     shared = len(set.union(*(a & b for i, a in enumerate(sides) for b in sides[:i])))
-    finding = f"{shared} {unit}(s) on two sides of the split"
+    finding = f"{counted(shared, unit)} on two sides of the split"
     if shared:
         finding += "; neighbours are alike, so figures are too good"
     return SelfTest("split", shared == 0, finding)
@@ -244,7 +246,7 @@ def split_test(parts: Mapping[str, np.ndarray], clusters: np.ndarray, unit: str)
 def evidence_test(parts: Mapping[str, np.ndarray], labels: np.ndarray) -> SelfTest:
     """Ask whether each part holds enough particles of each kind to say anything."""
     counts = {
-        f"{name} holds {int(kind[rows].sum())} {word} particle(s)": int(kind[rows].sum())
+        f"{name} holds {counted(int(kind[rows].sum()), word + ' particle')}": int(kind[rows].sum())
         for name, rows in parts.items()
         for word, kind in (("good", labels), ("bad", ~labels))
     }

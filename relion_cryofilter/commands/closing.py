@@ -1,0 +1,25 @@
+"""The last lines of run.out: which files a job has left, and how many rows each holds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+log = logging.getLogger("relion_cryofilter")
+
+
+def log_files(folder: Path, files: Mapping[str, str]) -> None:
+    """Log the files of `folder` that are there, with what each holds.
+
+    Parameters
+    ----------
+    folder
+        The job's folder.
+    files
+        What they hold, by name; files that were not written are passed over.
+    """
+    there = {name: text for name, text in files.items() if (folder / name).is_file()}
+    width = max(map(len, there), default=0)
+    lines = "".join(f"\n  {name:<{width}}  {text}".rstrip() for name, text in there.items())
+    log.info("Results are in %s/%s", folder, f":{lines}" if lines else "")
