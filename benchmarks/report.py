@@ -102,7 +102,9 @@ def made_up(particles, folder: Path) -> Scored:
     values = np.round(1 / (1 + np.exp(-logits)), 6)
     sampled = np.sort(rng.choice(n, min(n, FEATURE_SAMPLE), replace=False))
     features = rng.normal(size=(len(sampled), 64)) + logits[sampled, None] * rng.normal(size=64)
-    scores = Scores(values, BadImages(particles), 100.0, sampled, features.astype(np.float32))
+    scores = Scores(
+        values, BadImages(particles), 100.0, sampled=sampled, features=features.astype(np.float32)
+    )
     options = ScoreOptions(in_parts=folder / "particles.star", o=folder, j=1)
     return Scored(options, particles, "made up", scores, values, 0.5, "as asked", values >= 0.5)
 

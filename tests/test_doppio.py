@@ -285,7 +285,9 @@ def test_train_score_and_metrics_chain_by_their_nodes(pipeline):
     measured = run("cryofilter.metrics.particles", pos=[good], neg=[bad], weights=[model],
                    any_contrast=True)  # fmt: skip
     assert nodes()[f"{measured.output_dir}metrics.json"] == "EvaluationMetric.json.cryofilter"
-    assert kinds_shown(measured) == ["table", *["image"] * 5]
+    shown = kinds_shown(measured)
+    assert shown[:6] == ["table", *["image"] * 5]
+    assert "pdffile" in shown[6:]
     run("cryofilter.score.particles", in_parts=good, weights=[model], any_contrast=True)
     edges = Path("default_pipeline.star").read_text().split("data_pipeline_input_edges")[1]
     assert edges.split("data_pipeline_output_edges")[0].count(model) == 2

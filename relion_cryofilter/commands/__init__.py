@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from relion_cryofilter.processes import process_count
+
 
 @dataclass(frozen=True)
 class Output:
@@ -32,4 +34,6 @@ def run(mode: str, options: Any, abort_requested: Callable[[], bool]) -> tuple[O
     """Run the recipe of `mode`."""
     recipe = getattr(import_module(f"{__name__}.{mode}"), mode)
     outputs: tuple[Output, ...] = recipe(options, abort_requested)
+    if process_count() > 1:
+        import_module("relion_cryofilter.nn.ranks").leave_ranks()
     return outputs

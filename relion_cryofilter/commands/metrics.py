@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
-from relion_cryofilter.commands.closing import log_files
+from relion_cryofilter.commands.closing import FEATURE_SAMPLE, LOGFILE, REPORT, log_files
 from relion_cryofilter.commands.contrast import check_contrast
 from relion_cryofilter.commands.evaluation import METRICS, PREDICTIONS, write_evaluation
 from relion_cryofilter.commands.models import (
@@ -20,9 +20,6 @@ from relion_cryofilter.commands.models import (
     resolve_threshold,
 )
 from relion_cryofilter.commands.report import (
-    FEATURE_SAMPLE,
-    LOGFILE,
-    REPORT,
     Tested,
     write_test_report,
 )

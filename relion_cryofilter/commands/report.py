@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
+from relion_cryofilter.commands.closing import LOGFILE, REPORT
 from relion_cryofilter.commands.report_facts import (
     label_facts,
     options_text,
@@ -49,10 +50,6 @@ from relion_cryofilter.results.report_data import (
     feature_map,
 )
 from relion_cryofilter.results.selftests import SelfTest
-
-LOGFILE, REPORT = "logfile.pdf", "report.html"
-FEATURE_SAMPLE = 20_000
-"""Particles whose features are kept for the map of features."""
 
 log = logging.getLogger("relion_cryofilter")
 

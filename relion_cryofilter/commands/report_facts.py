@@ -6,10 +6,10 @@ import platform
 import shlex
 from dataclasses import fields
 from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 
@@ -63,7 +63,7 @@ def run_facts(options: JobOptions) -> list[tuple[str, str]]:
         "Python": platform.python_version(),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
-        "matplotlib": matplotlib.__version__,
+        "matplotlib": version("matplotlib"),
     }
     return [
         ("Computed on", f"{where}, {counted(options.threads, 'thread')}"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
-from relion_cryofilter.commands.closing import log_files
+from relion_cryofilter.commands.closing import FEATURE_SAMPLE, LOGFILE, REPORT, log_files
 from relion_cryofilter.commands.contrast import check_contrast
 from relion_cryofilter.commands.models import (
     check_pixel_size,
@@ -19,13 +19,6 @@ from relion_cryofilter.commands.models import (
     describe_models,
     read_models,
     resolve_threshold,
-)
-from relion_cryofilter.commands.report import (
-    FEATURE_SAMPLE,
-    LOGFILE,
-    REPORT,
-    Scored,
-    write_score_report,
 )
 from relion_cryofilter.commands.report_facts import describe_set
 from relion_cryofilter.commands.subsets import (
@@ -128,6 +121,8 @@ def score(
         f"{(len(values) - scores.n_known) / max(scores.seconds, 1e-9):,.0f}",
         f", {scores.n_known:,} were known" if scores.n_known else "", describe_counts(accepted),
     )  # fmt: skip
+    from relion_cryofilter.commands.report import Scored, write_score_report  # slow to import
+
     scored = Scored(
         options, particles, describe_models(models, options), scores, values, threshold, reason,
         accepted,
@@ -146,6 +141,7 @@ def _check_processes(options: ScoreOptions) -> None:
 def _close(places: _Places, files: dict[str, str], n: int, n_bad: int) -> None:
     """Name the files, with the numbers of their rows."""
     files |= {places.csv.name: counted(n, "score"), FEATURES: counted(n, "feature vector")}
+    files |= {f"{score_cache.NAME}{score_cache.SUFFIX}": "scores for Continue; may be deleted"}
     files |= {BAD_IMAGES: counted(n_bad, "image"), LOGFILE: "for RELION's Display menu"}
     log_files(places.extras, {**files, REPORT: "the same for a browser, with a threshold slider"})
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from relion_cryofilter.commands import Output
-from relion_cryofilter.commands.closing import log_files
+from relion_cryofilter.commands.closing import LOGFILE, REPORT, log_files
 from relion_cryofilter.commands.contrast import refuse_dark
 from relion_cryofilter.commands.evaluation import METRICS, PREDICTIONS, write_evaluation
 from relion_cryofilter.commands.fitting import (
@@ -24,7 +24,7 @@ from relion_cryofilter.commands.fitting import (
 )
 from relion_cryofilter.commands.metrics import labelled_set, results_folder
 from relion_cryofilter.commands.models import BUNDLED_MODEL, check_pixel_size, resolve_threshold
-from relion_cryofilter.commands.report import LOGFILE, REPORT, Tested, write_test_report
+from relion_cryofilter.commands.report import Tested, write_test_report
 from relion_cryofilter.commands.selftests import log_self_tests, run_self_tests
 from relion_cryofilter.commands.subsets import refuse_to_overwrite
 from relion_cryofilter.data.labelled import LabelledSet, Split, split_by_micrograph

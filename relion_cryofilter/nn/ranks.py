@@ -84,6 +84,13 @@ def join_ranks() -> Ranks:
     return ranks
 
 
+def leave_ranks() -> None:
+    """Wait until all processes are done, then part; an end without it takes the others along."""
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
 def _meeting_point_of_slurm() -> dict[str, str]:
     """Return the first node of a Slurm job, and a port that other jobs hardly use."""
     nodes = os.environ.get("SLURM_STEP_NODELIST", "")
