@@ -14,10 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from relion_cryofilter.commands.closing import FEATURE_SAMPLE, LOGFILE, REPORT
 from relion_cryofilter.commands.report import (
-    FEATURE_SAMPLE,
-    LOGFILE,
-    REPORT,
     Scored,
     write_score_report,
 )
