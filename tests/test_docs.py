@@ -39,9 +39,6 @@ JOBS = {"Extract/job001": "Extract/job007", "Class2D/job002": "Class2D/job008",
 NEXT_JOB = 12
 SECONDS_ON_SCREEN = 4
 LARGEST_PICTURE = 150_000
-TO_COME = ("schemes.md", "cryosparc.md")
-"""Pages that come with what they describe, and are linked to already."""
-
 
 @dataclass(frozen=True)
 class Block:
@@ -172,7 +169,7 @@ def test_commands_in_the_text_of_a_page_can_be_read(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_links_and_pictures_of_a_page_are_there(page):
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
-        if not re.match(r"https?:", target) and Path(target).name not in TO_COME:
+        if not re.match(r"https?:", target):
             path = page.parent / target
             assert path.exists(), f"{page.name} names {target}"
             assert path.suffix != ".png" or path.stat().st_size < LARGEST_PICTURE
