@@ -13,7 +13,6 @@ from test_training import Fixed, labelled_blobs, select_project, train_words  # 
 from relion_cryofilter.commands.models import BUNDLED_MODEL
 from relion_cryofilter.data.labelled import split_by_micrograph
 from relion_cryofilter.errors import CryoFilterError
-from relion_cryofilter.nn.calibration import as_unseen
 from relion_cryofilter.nn.checkpoint import load_model
 from relion_cryofilter.nn.networks import build_network
 from relion_cryofilter.nn.training import Settings, Trainer
@@ -139,12 +138,3 @@ def test_weights_before_training_are_kept_if_no_epoch_is_better(tmp_path):
     again.run(Progress(1, "steps"))
     assert again.best_number == 0
     assert torch.equal(again.network.towers[0][0].weight, start["towers.0.0.weight"])
-
-
-def test_training_scores_stand_in_for_those_of_unseen_particles():
-    rng = np.random.default_rng(0)
-    seen, unseen = rng.normal(3, 0.8, 4000), rng.normal(2.5, 1.0, 300)
-    drawn = as_unseen(seen, unseen)
-    assert (np.argsort(drawn) == np.argsort(seen)).all()
-    assert np.quantile(drawn, 0.05) == pytest.approx(2.5 - 1.645, abs=0.1)
-    assert as_unseen(seen, unseen[:1]) is seen

@@ -20,7 +20,7 @@ import relion_cryofilter
 from relion_cryofilter.commands.models import CURVE, ESTIMATE
 from relion_cryofilter.data.labelled import LabelledSet, Split, seen_units, short_hash
 from relion_cryofilter.files import write_text
-from relion_cryofilter.nn.calibration import as_unseen, calibrated, fit_temperature
+from relion_cryofilter.nn.calibration import calibrated, fit_temperature
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.network import Network
@@ -182,8 +182,8 @@ def _calibrated(
 ) -> Model:
     """Return the trainer's model with temperature and threshold from the validation part.
 
-    A threshold for a recall is the quantile of few scores, so fine-tuning, which fits the training
-    part little, takes that part's good particles in (see `calibration.as_unseen`).
+    A threshold for a recall is the quantile of few scores, so fine-tuning, which hardly fits the
+    training part, takes that part's good particles in (benchmarks/results/quality.md).
     """
     network, split, best = trainer.network, trainer.split, trainer.best_number
     rows, labels = split.validation, labelled.labels[split.validation]
@@ -194,7 +194,7 @@ def _calibrated(
     if start.fine_tuning:
         known = split.train[labelled.labels[split.train]]
         trained = predict(network, loaded.images, known).numpy().astype(np.float64)
-        more = calibrated(as_unseen(trained, logits[labels]), temperature)
+        more = calibrated(trained, temperature)
     curve = OperatingCurve.from_scores(labels, scores, split.clusters[rows], more)
     if more.size and options.threshold.kind == "recall":
         threshold = curve.threshold(options.threshold)

@@ -21,14 +21,3 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 def calibrated(logits: np.ndarray, temperature: float) -> np.ndarray:
     """Return sigmoid(logit / temperature), (n,), with the six decimals of a STAR file."""
     return np.asarray(np.round(1 / (1 + np.exp(-logits / temperature)), 6))
-
-
-def as_unseen(seen: np.ndarray, unseen: np.ndarray) -> np.ndarray:
-    """Return the logits of training images with the mean and spread of those of validation images.
-
-    Training images score a little better than others, and more alike; there are more of them,
-    though, and the shape of their distribution tells more of its tail.
-    """
-    if len(unseen) < 2 or not seen.std() > 0:
-        return seen
-    return np.asarray((seen - seen.mean()) / seen.std() * unseen.std() + unseen.mean())
