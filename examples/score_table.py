@@ -25,4 +25,6 @@ def main(source: str, result: str) -> None:
 
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        sys.exit(print(__doc__))
     main(*sys.argv[1:])
