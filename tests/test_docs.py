@@ -40,6 +40,7 @@ NEXT_JOB = 12
 SECONDS_ON_SCREEN = 4
 LARGEST_PICTURE = 150_000
 
+
 @dataclass(frozen=True)
 class Block:
     """A piece of a page that can be run: its mark, if any, its language and its text."""
