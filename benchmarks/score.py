@@ -82,8 +82,6 @@ def clocked(work: Callable[[], None]) -> tuple[float, float]:
 
 def measure(line: dict[str, object]) -> dict[str, float]:
     """Read, score and score as in 2020, in this process."""
-    import torch
-
     from relion_cryofilter.data.bad_images import check_stacks
     from relion_cryofilter.data.particles import particles_of_stacks
     from relion_cryofilter.nn.pipeline import map_batches
@@ -108,19 +106,21 @@ def measure(line: dict[str, object]) -> dict[str, float]:
             tta=bool(line["tta"]),
         )  # fmt: skip
 
+    n, found = len(rows), {}
+    if line["images"] == "float32" and not line["cold"] and threads > 1:
+        found["old_per_cpu"] = rate_of_2020(paths[0], str(line["model"]), bool(line["tta"]))
     warm = particles.take(rows[:64])
     score_particles(warm, [model], Progress(64, "particles"), tta=bool(line["tta"]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if not line["cold"]:
+        read()
     forget(paths, bool(line["cold"]))
     reading, _ = clocked(read)
     forget(paths, bool(line["cold"]))
     wall, used = clocked(score)
-    n = len(rows)
     more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-    found = {"rate": n / wall, "of_reading": reading / wall, "per_cpu": n / used, "mb": more / 1024}
-    if line["images"] == "float32" and not line["cold"] and threads > 1:
-        torch.set_num_threads(1)
-        found["old_per_cpu"] = rate_of_2020(paths[0], str(line["model"]), bool(line["tta"]))
+    found |= {"rate": n / wall, "of_reading": reading / wall, "per_cpu": n / used}
+    found["mb"] = more / 1024
     return found
 
 
@@ -166,6 +166,7 @@ def rate_of_2020(path: Path, model: str, tta: bool) -> float:
     from relion_cryofilter.nn.preprocess import d4_views
 
     name, dim = model.split() if " " in model else ("roberts", "28")
+    torch.set_num_threads(1)
     network, size = build_network(name, f=32, dim=int(dim)).eval(), int(dim)
     with mrcfile.mmap(path, permissive=True) as file:
         raw = file.data[: OF_2020 // (4 if tta else 1)]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from relion_cryofilter.errors import CryoFilterError
+from relion_cryofilter.nn.network import plane
 from relion_cryofilter.nn.networks import NETWORKS, build_network
 
 
@@ -35,7 +36,16 @@ def test_features_are_flattened_in_height_width_channel_order() -> None:
     x = torch.randn(1, 1, 16, 16)
     maps = network.towers[0](x)
     expected = [maps[0, c, y, x] for y in range(2) for x in range(2) for c in range(2)]
-    assert torch.equal(network.features(x)[0], torch.stack(expected))
+    torch.testing.assert_close(network.features(x)[0], torch.stack(expected))
+
+
+def test_a_plane_is_one_channel_and_is_convolved_as_channels_last() -> None:
+    x = torch.randn(2, 3, 12, 10)
+    one = plane(x, 1)
+    assert torch.equal(one, x[:, 1:2])
+    assert one.stride() == (120, 1, 10, 1)
+    maps = torch.nn.functional.conv2d(one, torch.randn(4, 1, 3, 3))
+    assert maps.stride(1) == 1
 
 
 def test_straight_ignores_a_second_channel() -> None:

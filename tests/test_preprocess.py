@@ -166,6 +166,27 @@ def test_half_precision_boxes_are_worked_on_in_single_precision(recipe) -> None:
     assert torch.equal(recipe(half), recipe(half.float()))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("ny", "nx"), [(24, 24), (75, 60), (256, 256), (450, 450)])
+def test_a_small_image_does_not_depend_on_its_company(ny, nx, dtype) -> None:
+    recipe, images = FourierCrop(dim=16), torch.randn(19, ny, nx)
+    together = recipe(images, dtype)
+    for first, last in ((0, 1), (3, 4), (0, 7), (2, 19), (10, 15)):
+        assert torch.equal(recipe(images[first:last], dtype), together[first:last])
+
+
+@pytest.mark.parametrize(("ny", "nx"), [(24, 24), (75, 60), (256, 256), (450, 450)])
+def test_a_crop_is_two_matrix_products(ny, nx) -> None:
+    images = torch.randn(9, ny, nx)
+    rows, columns = (torch.from_numpy(fourier_crop_operator(n, 16)) for n in (ny, nx))
+    product = rows @ images.double() @ columns.T
+    spread = product.std(dim=(1, 2), unbiased=False, keepdim=True)
+    expected = (product - product.mean(dim=(1, 2), keepdim=True)) / spread
+    torch.testing.assert_close(
+        FourierCrop(dim=16, clip_sigma=99)(images)[:, 0].double(), expected, atol=1e-5, rtol=0
+    )
+
+
 def test_the_kept_operators_serve_training_after_inference() -> None:
     with torch.inference_mode():
         FourierCrop(29)(noise(1, 61, 61))

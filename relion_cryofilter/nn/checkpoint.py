@@ -23,7 +23,12 @@ from relion_cryofilter.errors import ModelError
 from relion_cryofilter.files import replacing
 from relion_cryofilter.nn.network import Network
 from relion_cryofilter.nn.networks import build_network
-from relion_cryofilter.nn.preprocess import Preprocess, d4_views, preprocess_from_dict
+from relion_cryofilter.nn.preprocess import (
+    Preprocess,
+    d4_views,
+    filled_up,
+    preprocess_from_dict,
+)
 
 FORMAT_VERSION = 1
 METADATA_KEY = "relion_cryofilter"
@@ -164,7 +169,7 @@ class Model:
             for start in range(0, len(small), step):
                 rows = slice(start, min(start + step, len(small)))
                 count = rows.stop - start
-                batch = _filled_up(small[rows].to(device), step)
+                batch = filled_up(small[rows].to(device), step)
                 logits, vectors = self.network.forward_with_features(_channels_last(batch))
                 values = self._score(logits)
                 if tta and not self.network.equivariant:
@@ -297,14 +302,3 @@ def _package_version() -> str:
 
 def _channels_last(batch: Tensor) -> Tensor:
     return batch.contiguous(memory_format=torch.channels_last)
-
-
-def _filled_up(batch: Tensor, size: int) -> Tensor:
-    """Return `batch` with empty images up to `size`.
-
-    The kernels that torch chooses depend on the number of images, and their rounding with them;
-    with one size, an image's score doesn't depend on how many came with it.
-    """
-    if len(batch) == size:
-        return batch
-    return torch.cat([batch, batch.new_zeros((size - len(batch), *batch.shape[1:]))])

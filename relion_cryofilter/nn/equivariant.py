@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, batch_norm, conv2d
 
 from relion_cryofilter.errors import ModelError
-from relion_cryofilter.nn.network import Network
+from relion_cryofilter.nn.network import Network, plane
 from relion_cryofilter.nn.preprocess import d4_views
 
 ORDER = 8
@@ -162,7 +162,7 @@ class D4(Network):
         Under autocast only the convolutions between the sums are in reduced precision.
         """
         with torch.autocast(x.device.type, enabled=False):
-            x = torch.relu_(self.stem(x[:, : self.channels]))
+            x = torch.relu_(self.stem(plane(x, 0)))
         a, b, c, d, e = self.blocks
         x = torch.relu_(a(x).float().add_(x))
         x = torch.relu_(b(avg_pool2d(x, 2)))

@@ -65,3 +65,12 @@ class Network(nn.Module, ABC):
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (n,) of small images (n, c, dim, dim)."""
         return self.forward_with_features(x)[0]
+
+
+def plane(x: Tensor, channel: int) -> Tensor:
+    """Return one channel of (n, c, h, w) as (n, 1, h, w), with the strides of channels_last.
+
+    With a single channel, torch takes planar strides for channels_last too, and then convolves
+    planar maps, which takes up to three times as long.
+    """
+    return x[:, channel].contiguous().unsqueeze(-1).movedim(-1, 1)

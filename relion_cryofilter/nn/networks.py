@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from relion_cryofilter.errors import ModelError
 from relion_cryofilter.nn.equivariant import D4
-from relion_cryofilter.nn.network import Network
+from relion_cryofilter.nn.network import Network, plane
 
 
 class _Towers(Network):
@@ -35,7 +35,7 @@ class _Towers(Network):
     def features(self, x: Tensor) -> Tensor:
         """Return the flattened maps, image tower first."""
         flat = [
-            tower(x[:, channel : channel + 1]).permute(0, 2, 3, 1).flatten(1)
+            tower(plane(x, channel)).permute(0, 2, 3, 1).flatten(1)
             for channel, tower in enumerate(self.towers)
         ]
         return flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)

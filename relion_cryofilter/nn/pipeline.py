@@ -19,6 +19,7 @@ import torch
 from relion_cryofilter.data.bad_images import CONSTANT, NOT_FINITE
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.data.stacks import BatchPlan, StackHeader, StackReader, plan_batches
+from relion_cryofilter.nn.memory import keep_freed_memory
 
 BATCH_BYTES = 32 * 2**20
 LARGEST_BATCH = 512
@@ -62,6 +63,7 @@ def map_batches(
     (rows, result)
         (m,) rows of a batch and what `work` made of it.
     """
+    keep_freed_memory()
     size = batch_size or _fitting_batch(headers)
     plans = plan_batches(rows, particles.stack_of, particles.index, headers, size)
     own = threading.local()
