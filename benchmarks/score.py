@@ -14,9 +14,11 @@ import argparse
 import json
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,19 +34,23 @@ def lines_of(options: argparse.Namespace) -> list[dict[str, object]]:
     """Return what to measure."""
     lines: list[dict[str, object]] = []
     for model in ("default", "straight 28", "roberts 28", "straight 64"):
-        for tta in (False, True):
-            lines.append({"model": model, "tta": tta, "images": "float32", "precision": "float32"})
-        lines.append({"model": model, "tta": False, "images": "float32", "precision": "bf16"})
+        lines += [
+            {"model": model, "tta": tta, "precision": precision}
+            for precision in ("float32", "bf16")
+            for tta in (False, True)
+        ]
     lines += [
-        {"model": "default", "tta": False, "images": "float16", "precision": "float32"},
-        {"model": "default", "tta": False, "images": "float16", "precision": "bf16"},
-        {"model": "default", "tta": False, "images": "float32", "precision": "float32",
-         "threads": 1},
-        {"model": "default", "tta": False, "images": "float32", "precision": "float32",
-         "cold": True},
-        {"model": "default", "tta": False, "images": "float32", "precision": "bf16", "cold": True},
-    ]  # fmt: skip
-    usual = {"threads": options.j, "cold": False, "work": str(options.work)}
+        {"images": "float16"},
+        {"images": "float16", "precision": "bf16"},
+        {"threads": 1},
+        {"disk": "cold"},
+        {"disk": 700},
+        {"disk": 1000},
+    ]
+    usual = {
+        "model": "default", "tta": False, "images": "float32", "precision": "float32",
+        "threads": options.j, "disk": "warm", "work": str(options.work), "what": "now",
+    }  # fmt: skip
     return [{**usual, **line} for line in lines]
 
 
@@ -63,6 +69,7 @@ def make(folder: Path, n: int, box: int) -> None:
             header = np.zeros(256, "<i4")
             header[:4] = box, box, PER_STACK, mode
             header[7:10] = box, box, 1
+            header[52:54] = np.frombuffer(b"MAP \x44\x44\0\0", "<i4")
             data = np.roll(images, number, axis=0).astype(kind)
             path.write_bytes(header.tobytes() + data.tobytes())
 
@@ -81,7 +88,7 @@ def clocked(work: Callable[[], None]) -> tuple[float, float]:
 
 
 def measure(line: dict[str, object]) -> dict[str, float]:
-    """Read, score and score as in 2020, in this process."""
+    """Read and score in this process, score as in 2020, or only start."""
     from relion_cryofilter.data.bad_images import check_stacks
     from relion_cryofilter.data.particles import particles_of_stacks
     from relion_cryofilter.nn.pipeline import map_batches
@@ -89,8 +96,11 @@ def measure(line: dict[str, object]) -> dict[str, float]:
     from relion_cryofilter.progress import Progress
 
     paths = sorted((Path(str(line["work"])) / str(line["images"])).glob("*.mrcs"))
-    fast = line["model"] == "default" and not line["tta"]
-    paths = paths if fast else paths[: max(1, len(paths) // SHARE)]
+    if line["what"] == "2020":
+        return {"per_cpu": rate_of_2020(paths[0], str(line["model"]), bool(line["tta"]))}
+    if line["what"] == "start":
+        return {"start": time_to_first_batch(paths[0], float(str(line["began"])))}
+    paths = paths if line["model"] == "default" else paths[: max(1, len(paths) // SHARE)]
     particles, model = particles_of_stacks(paths), model_of(line)
     headers, _ = check_stacks(particles)
     threads = int(str(line["threads"]))
@@ -106,22 +116,48 @@ def measure(line: dict[str, object]) -> dict[str, float]:
             tta=bool(line["tta"]),
         )  # fmt: skip
 
-    n, found = len(rows), {}
-    if line["images"] == "float32" and not line["cold"] and threads > 1:
-        found["old_per_cpu"] = rate_of_2020(paths[0], str(line["model"]), bool(line["tta"]))
     warm = particles.take(rows[:64])
     score_particles(warm, [model], Progress(64, "particles"), tta=bool(line["tta"]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if not line["cold"]:
-        read()
-    forget(paths, bool(line["cold"]))
+    read()
+    if isinstance(line["disk"], int):
+        pace(line["disk"] * 1e6)
+    forget(paths, line["disk"] == "cold")
     reading, _ = clocked(read)
-    forget(paths, bool(line["cold"]))
+    forget(paths, line["disk"] == "cold")
     wall, used = clocked(score)
-    more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-    found |= {"rate": n / wall, "of_reading": reading / wall, "per_cpu": n / used}
-    found["mb"] = more / 1024
-    return found
+    status = Path("/proc/self/status").read_text()
+    peak = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
+    n = len(rows)
+    return {"rate": n / wall, "of_reading": reading / wall, "per_cpu": n / used, "mb": peak}
+
+
+def time_to_first_batch(path: Path, began: float) -> float:
+    """Return seconds from the start of the process to the end of a small first batch."""
+    import relion_cryofilter.commands.score  # noqa: F401  # all that the job imports
+    from relion_cryofilter.commands.models import BUNDLED_MODEL
+    from relion_cryofilter.data.particles import particles_of_stacks
+    from relion_cryofilter.nn.checkpoint import load_model
+    from relion_cryofilter.nn.scoring import score_particles
+    from relion_cryofilter.progress import Progress
+
+    one = particles_of_stacks([path]).take(np.arange(1))
+    score_particles(one, [load_model(BUNDLED_MODEL)], Progress(1, "particles"))
+    return time.time() - began
+
+
+def pace(bytes_per_second: float) -> None:
+    """Let all threads together read so many bytes a second from now on."""
+    from relion_cryofilter.data import stacks
+
+    read, disk = stacks._read_fully, threading.Lock()
+
+    def slow(descriptor: int, view: memoryview, offset: int, path: Path) -> None:
+        with disk:
+            end = time.perf_counter() + len(view) / bytes_per_second
+            read(descriptor, view, offset, path)
+            time.sleep(max(0.0, end - time.perf_counter()))
+
+    stacks._read_fully = slow
 
 
 def forget(paths: list[Path], cold: bool) -> None:
@@ -187,6 +223,13 @@ def rate_of_2020(path: Path, model: str, tta: bool) -> float:
     return len(raw) / used
 
 
+def in_a_process(line: dict[str, object]) -> dict[str, float]:
+    """Return what `measure` finds in a fresh process."""
+    command = [sys.executable, __file__, "--work", str(line["work"]), "--line", json.dumps(line)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     """Make the data, run every line, write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -208,25 +251,30 @@ def main() -> None:
     for line in lines_of(options):
         if options.only not in json.dumps(line):
             continue
-        command = [sys.executable, __file__, "--work", str(options.work), "--line"]
-        done = subprocess.run([*command, json.dumps(line)], check=True, capture_output=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        old = found.get("old_per_cpu")
+        found = in_a_process(line)
+        old = 0.0
+        if line["disk"] == "warm" and line["images"] == "float32" and line["threads"] == options.j:
+            old = in_a_process({**line, "what": "2020"})["per_cpu"]
+        disk = line["disk"] if isinstance(line["disk"], str) else f"{line['disk']} MB/s"
         rows.append(
             f"| {line['model']} | {line['images']} | {line['precision']} | "
-            f"{'yes' if line['tta'] else 'no'} | {line['threads']} | "
-            f"{'cold' if line['cold'] else 'warm'} | {found['rate']:,.0f} | "
-            f"{found['per_cpu']:,.0f} | {found['of_reading']:.2f} | {found['mb']:,.0f} | "
+            f"{'yes' if line['tta'] else 'no'} | {line['threads']} | {disk} | "
+            f"{found['rate']:,.0f} | {found['per_cpu']:,.0f} | {found['of_reading']:.2f} | "
+            f"{found['mb']:,.0f} | "
             + (f"{old:,.0f} | {found['per_cpu'] / old:.1f} |" if old else "| |")
         )
         print(rows[-1], flush=True)
+    start = {**lines_of(options)[0], "what": "start", "began": time.time()}
+    seconds = in_a_process(start)["start"]
+    print(f"Start-up to the first batch: {seconds:.1f} s", flush=True)
     head = (
         f"# Speed of scoring\n\nMade by `benchmarks/score.py`: {options.n:,} images of "
-        f"{options.box} x {options.box} px (a tenth of them for TTA and the 2020 networks), torch "
+        f"{options.box} x {options.box} px (a tenth of them for the 2020 networks), torch "
         f"{torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}, "
-        f"{os.cpu_count()} cores. Each line is one run; ratios are of that run.\n\n"
-        "| model | images | precision | TTA | threads | cache | particles/s | per CPU second | "
-        "rate / reading's | MB more | 2020: per CPU second | times 2020 |\n" + "|---" * 12 + "|\n"
+        f"{os.cpu_count()} cores. Each line is one run; ratios are of that run. From "
+        f"the start of a process to its first batch: {seconds:.1f} s.\n\n"
+        "| model | images | precision | TTA | threads | disk | particles/s | per CPU second | "
+        "rate / reading's | MB | 2020: per CPU second | times 2020 |\n" + "|---" * 12 + "|\n"
     )
     if not options.only:
         options.out.write_text(head + "\n".join(rows) + "\n")
