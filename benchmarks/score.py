@@ -1,6 +1,7 @@
 """How fast particles are scored: against reading the same bytes, and against the 2020 program.
 
     python benchmarks/score.py --work FOLDER [--n 20000] [--box 256] [--j 2] [--only TEXT]
+        [--original "PYTHON CRYOFILTER/score.py" --original_weights WEIGHTS.h5]
 
 Makes stacks of noise (20,000 images of 256 x 256 px are 5.2 GB, and half that as float16), then
 runs each line in a process of its own. CPU seconds are user and system time of all threads
@@ -16,6 +17,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import subprocess
 import sys
 import threading
@@ -230,6 +232,28 @@ def in_a_process(line: dict[str, object]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def rate_of_original(options: argparse.Namespace, tta: bool) -> float:
+    """Return images a CPU second of the 2020 program: a long stack less a short one."""
+    whole = options.work / "float32" / "0000.mrcs"
+    part = options.work / "part.mrcs"
+    few, image = PER_STACK // 10, options.box**2 * 4
+    header = np.frombuffer(whole.read_bytes()[:1024], "<i4").copy()
+    header[2] = few
+    part.write_bytes(header.tobytes() + whole.read_bytes()[1024 : 1024 + few * image])
+    used = []
+    for stack in (whole, part):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [
+            *shlex.split(options.original), "--mrc", str(stack), "--model", "roberts",
+            "--weights", str(options.original_weights),
+            "--out_file", str(options.work / "original.csv"), *(["--tta", "True"] if tta else []),
+        ]  # fmt: skip
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return (PER_STACK - few) / (used[0] - used[1])
+
+
 def main() -> None:
     """Make the data, run every line, write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -239,6 +263,8 @@ def main() -> None:
     parser.add_argument("--j", type=int, default=2)
     parser.add_argument("--only", default="", help="Only lines that hold this text.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/score.md"))
+    parser.add_argument("--original", help="Command of the 2020 program's score.py.")
+    parser.add_argument("--original_weights", type=Path, help="Its weights (roberts, f = 32).")
     parser.add_argument("--line", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.line:
@@ -267,12 +293,20 @@ def main() -> None:
     start = {**lines_of(options)[0], "what": "start", "began": time.time()}
     seconds = in_a_process(start)["start"]
     print(f"Start-up to the first batch: {seconds:.1f} s", flush=True)
+    original = ""
+    if options.original:
+        plain, augmented = (rate_of_original(options, tta) for tta in (False, True))
+        original = (
+            f"The 2020 program itself (TensorFlow, roberts): {plain:,.0f} a CPU second, "
+            f"{augmented:,.0f} with TTA."
+        )
+        print(original, flush=True)
     head = (
         f"# Speed of scoring\n\nMade by `benchmarks/score.py`: {options.n:,} images of "
         f"{options.box} x {options.box} px (a tenth of them for the 2020 networks), torch "
         f"{torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}, "
         f"{os.cpu_count()} cores. Each line is one run; ratios are of that run. From "
-        f"the start of a process to its first batch: {seconds:.1f} s.\n\n"
+        f"the start of a process to its first batch: {seconds:.1f} s. {original}\n\n"
         "| model | images | precision | TTA | threads | disk | particles/s | per CPU second | "
         "rate / reading's | MB | 2020: per CPU second | times 2020 |\n" + "|---" * 12 + "|\n"
     )
