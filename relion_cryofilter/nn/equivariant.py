@@ -39,6 +39,14 @@ def _group_table() -> list[list[int]]:
 TABLE = _group_table()
 
 
+def _order_of_weights(cin: int, depth: int, size: int) -> Tensor:
+    """Return where the weights (cin·depth, size, size) of the eight views come from."""
+    views = list(d4_views(torch.arange(cin * depth * size**2).reshape(cin, depth, size, size)))
+    if depth == ORDER:
+        views = [view[:, TABLE[g]] for g, view in enumerate(views)]
+    return torch.stack(views).flatten()
+
+
 class D4Conv(nn.Module):
     """Convolution over the group: (n, cin·8, h, w) or, lifting, (n, cin, h, w) → (n, cout·8, …).
 
@@ -69,16 +77,13 @@ class D4Conv(nn.Module):
         self.variance: Tensor
         self.register_buffer("mean", torch.zeros(cout))
         self.register_buffer("variance", torch.ones(cout))
+        self.order: Tensor
+        self.register_buffer("order", _order_of_weights(cin, depth, size), persistent=False)
 
     def kernel(self) -> Tensor:
         """Return the plain kernel (cout·8, cin·depth, size, size)."""
-        views = list(d4_views(self.weight))
-        if not self.lifting:
-            views = [
-                view.reshape(len(view), -1, ORDER, *view.shape[2:])[:, :, TABLE[g]].flatten(1, 2)
-                for g, view in enumerate(views)
-            ]
-        return torch.stack(views, dim=1).flatten(0, 1)
+        cout, *one = self.weight.shape
+        return self.weight.flatten(1).index_select(1, self.order).reshape(cout * ORDER, *one)
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """Return kernel and bias of the plain convolution with the batch norm in it."""
