@@ -8,7 +8,8 @@ import making
 import numpy as np
 import pytest
 
-from relion_cryofilter.data.particles import parse_image_name, particles_of_stacks, read_particles
+from relion_cryofilter.data.names import parse_image_name
+from relion_cryofilter.data.particles import particles_of_stacks, read_particles
 from relion_cryofilter.errors import StarError
 
 HEAD = "data_particles\n\nloop_\n_rlnImageName #1\n"

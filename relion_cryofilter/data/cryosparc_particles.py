@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from relion_cryofilter.data.cryosparc import CS_SUFFIXES, CsTable, read_cs
+from relion_cryofilter.data.names import numbered
 from relion_cryofilter.data.optics import OpticsGroup
 from relion_cryofilter.data.particles import ParticleSet, read_particles
 from relion_cryofilter.data.result_groups import HERE, folders_above
@@ -56,23 +58,23 @@ def particles_of_cs(table: CsTable, project: Path | None = None) -> ParticleSet:
     CryoSparcError
         The table does not name images, or none of the stacks is where it should be.
     """
-    names, stack_of = _numbered([text.removeprefix(HERE) for text in _needed(table, "blob/path")])
+    names, stack_of = numbered(text.removeprefix(HERE) for text in _needed(table, "blob/path"))
     stacks, inverted, stack_of = _by_sign(names, stack_of, table.column("blob/sign"))
     if any(inverted):
         log.info("Protein is dark in %d stack(s) (blob/sign -1); turned over.", sum(inverted))
     micrographs, micrograph_of = stacks, stack_of
     paths = table.column("location/micrograph_path")
     if paths is not None:
-        micrographs, micrograph_of = _numbered(list(paths))
+        micrographs, micrograph_of = numbered(paths)
     optics, optics_of = _optics(table)
     root = _project_of(table.source, names, project)
     return ParticleSet(
         source=str(table.source),
         stacks=tuple(root / name for name in stacks),
-        stack_names=tuple(stacks),
+        stack_names=stacks,
         stack_of=stack_of,
         index=np.asarray(_needed(table, "blob/idx")).astype(np.int64),
-        micrographs=tuple(micrographs),
+        micrographs=micrographs,
         micrograph_of=micrograph_of,
         optics=optics,
         optics_of=optics_of,
@@ -94,16 +96,9 @@ def _needed(table: CsTable, name: str) -> np.ndarray:
     return values
 
 
-def _numbered(texts: list[str]) -> tuple[list[str], np.ndarray]:
-    """Return each text once, in order of first sight, and (n,) int32 into them."""
-    numbers: dict[str, int] = {}
-    of = np.fromiter((numbers.setdefault(text, len(numbers)) for text in texts), np.int32)
-    return list(numbers), of
-
-
 def _by_sign(
-    names: list[str], stack_of: np.ndarray, sign: np.ndarray | None
-) -> tuple[list[str], tuple[bool, ...], np.ndarray]:
+    names: Sequence[str], stack_of: np.ndarray, sign: np.ndarray | None
+) -> tuple[tuple[str, ...], tuple[bool, ...], np.ndarray]:
     """Return the stacks, whether they are to be turned over, and which one each row is in.
 
     A stack with both signs is two.
@@ -111,7 +106,7 @@ def _by_sign(
     dark = np.zeros(len(stack_of), bool) if sign is None else sign < 0
     keys, place = np.unique(2 * stack_of + dark, return_inverse=True)
     pairs = [divmod(int(key), 2) for key in keys]
-    stacks = [names[number] for number, _ in pairs]
+    stacks = tuple(names[number] for number, _ in pairs)
     return stacks, tuple(bool(odd) for _, odd in pairs), place.astype(np.int32)
 
 
@@ -129,7 +124,7 @@ def _optics(table: CsTable) -> tuple[tuple[OpticsGroup, ...], np.ndarray]:
     return groups, place.reshape(-1).astype(np.int32)
 
 
-def _project_of(source: Path, names: list[str], project: Path | None) -> Path:
+def _project_of(source: Path, names: Sequence[str], project: Path | None) -> Path:
     """Return the project's folder: the named one, or the nearest above `source` with the stacks."""
     folders = (project,) if project else (*folders_above(source), Path.cwd())
     for name in names[:_TRIED]:

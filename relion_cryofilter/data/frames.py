@@ -5,14 +5,15 @@ pandas is imported only where a table is made: the package does not require it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import numpy as np
 
+from relion_cryofilter.data.names import numbered, parse_image_names
 from relion_cryofilter.data.optics import OpticsGroup, group_name
-from relion_cryofilter.data.particles import ParticleSet, parse_image_name
+from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.data.star_labels import (
     IMAGE_NAME,
     IMAGE_PIXEL_SIZE,
@@ -47,17 +48,20 @@ def particles_of_table(table: Table, folder: Path = Path()) -> ParticleSet:
     frame = frame_of(table)
     if IMAGE_NAME not in frame.columns:
         raise StarError(f"The table has no column {IMAGE_NAME}; it has {', '.join(frame.columns)}.")
-    places = [_place(row, name) for row, name in enumerate(frame[IMAGE_NAME])]
-    stacks, stack_of = _numbered([stack for _, stack in places])
+    names = [str(name) for name in frame[IMAGE_NAME]]
+    index, names_of_stacks = parse_image_names(names, lambda row: f"Row {row} of the table")
+    stacks, stack_of = numbered(names_of_stacks)
     named = MICROGRAPH_NAME in frame.columns
-    micrographs, micrograph_of = _numbered(frame[MICROGRAPH_NAME]) if named else (stacks, stack_of)
+    micrographs, micrograph_of = (
+        numbered(map(str, frame[MICROGRAPH_NAME])) if named else (stacks, stack_of)
+    )
     optics, optics_of = _optics(table, frame)
     return ParticleSet(
         source=f"a table of {len(frame):,} particles",
         stacks=tuple(folder / name for name in stacks),
         stack_names=stacks,
         stack_of=stack_of,
-        index=np.array([index for index, _ in places], np.int64),
+        index=np.array(index, np.int64),
         micrographs=micrographs,
         micrograph_of=micrograph_of,
         optics=optics,
@@ -104,29 +108,12 @@ def frame_of(table: Table) -> pd.DataFrame:
     return table["particles"]
 
 
-def _place(row: int, name: object) -> tuple[int, str]:
-    try:
-        return parse_image_name(str(name))
-    except ValueError:
-        raise StarError(
-            f"Row {row} of the table: the image name is {name!r}; expected N@stack.mrcs with N "
-            "from 1."
-        ) from None
-
-
-def _numbered(names: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return each name once, in order of first sight, and (n,) int32 into them."""
-    numbers: dict[str, int] = {}
-    of_row = [numbers.setdefault(str(name), len(numbers)) for name in names]
-    return tuple(numbers), np.array(of_row, np.int32)
-
-
 def _optics(table: Table, frame: pd.DataFrame) -> tuple[tuple[OpticsGroup, ...], np.ndarray]:
     if not isinstance(table, Mapping) or "optics" not in table or OPTICS_GROUP not in frame:
         return (OpticsGroup("1"),), np.zeros(len(frame), np.int32)
     optics = table["optics"]
     sizes = optics[IMAGE_PIXEL_SIZE] if IMAGE_PIXEL_SIZE in optics else [None] * len(optics)
     known = {group_name(str(name)): size for name, size in zip(optics[OPTICS_GROUP], sizes)}
-    names, of_row = _numbered([group_name(str(name)) for name in frame[OPTICS_GROUP]])
+    names, of_row = numbered([group_name(str(name)) for name in frame[OPTICS_GROUP]])
     groups = [OpticsGroup(name, float(known[name]) if known.get(name) else None) for name in names]
     return tuple(groups), of_row

@@ -6,7 +6,7 @@ Rows stay in input order for ever: scores, labels and splits refer to them by po
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from relion_cryofilter.data import star as star_text
 from relion_cryofilter.data.cryosparc import CsTable
+from relion_cryofilter.data.names import Numbers, parse_image_names
 from relion_cryofilter.data.optics import (
     OpticsGroup,
     group_name,
@@ -33,7 +34,6 @@ from relion_cryofilter.errors import ImageError, StarError
 _MOST_IMAGES = 10_000_000
 """More missing images than this are a damaged header, not a truncated stack."""
 
-_LARGEST_INDEX = 2**31 - 1
 """RELION and the MRC header count images with 32 bits."""
 
 
@@ -109,30 +109,6 @@ class ParticleSet:
         return f"{self.source}, row {row + 1} (line {self.loop.first_line + row})"
 
 
-def parse_image_name(name: str) -> tuple[int, str]:
-    """Split ``000012@path/x.mrcs`` into (11, ``path/x.mrcs``); this and `_images` know 1-based.
-
-    A name without ``@`` is a file with one image: index 0. RELION's type suffix (``x.mrc:mrcs``)
-    is taken off.
-
-    Raises
-    ------
-    ValueError
-        The part before ``@`` is not a whole number of at least 1, or there is no path.
-    """
-    number, at, path = name.partition("@")
-    if not at:
-        number, path = "1", name
-    if not (number.isascii() and number.isdecimal()) or not path:
-        raise ValueError(name)
-    if not 1 <= int(number) <= _LARGEST_INDEX:
-        raise ValueError(name)
-    stem, colon, suffix = path.rpartition(":")
-    if colon and suffix in ("mrcs", "mrc"):
-        path = stem
-    return int(number) - 1, path
-
-
 def read_particles(path: str | Path) -> ParticleSet:
     """Read the particles of a STAR file, streaming.
 
@@ -149,18 +125,22 @@ def read_particles(path: str | Path) -> ParticleSet:
     has_optics = bool(optics_table) and OPTICS_GROUP in loop.labels
     labels = [IMAGE_NAME, _micrograph_label(loop)]
     labels += [OPTICS_GROUP] if has_optics else []
-    stacks, micrographs, groups_seen = _Names(), _Names(), _Names(groups)
+    stacks, micrographs, groups_seen = Numbers(), Numbers(), Numbers(groups)
     ids = np.zeros((loop.n_rows, 3), np.int32)
     index = np.empty(loop.n_rows, np.int64)
     first = 0
+
+    def in_line(row: int) -> str:
+        return f"{path}, line {loop.first_line + row}"
+
     for images, mics, *group in star_text.column_chunks(star, loop, labels):
         part = slice(first, first + len(images))
-        index[part], names = _images(star, loop, first, images)
-        ids[part, 0] = stacks.numbers(names)
-        ids[part, 1] = micrographs.numbers(mics if labels[1] != IMAGE_NAME else names)
+        index[part], names = parse_image_names(images, in_line, first)
+        ids[part, 0] = stacks.of(names)
+        ids[part, 1] = micrographs.of(mics if labels[1] != IMAGE_NAME else names)
         if has_optics:
             shown = {text: group_name(text) for text in dict.fromkeys(group[0])}
-            ids[part, 2] = groups_seen.numbers([shown[text] for text in group[0]])
+            ids[part, 2] = groups_seen.of([shown[text] for text in group[0]])
         first = part.stop
     _check_groups(star, loop, list(groups), list(groups_seen), ids[:, 2])
     root = project_root(path, next(iter(stacks)))
@@ -219,7 +199,7 @@ def concatenate(sets: Sequence[ParticleSet]) -> ParticleSet:
     A stack that several sets name (by whatever path) is one stack; micrographs are told apart by
     their names, optics groups by their set.
     """
-    stacks, micrographs = _Names(), _Names()
+    stacks, micrographs = Numbers(), Numbers()
     paths: list[tuple[str, Path, bool]] = []
     parts: list[list[np.ndarray]] = [[], [], [], []]
     n_optics = 0
@@ -269,49 +249,9 @@ def project_root(star_path: Path, first_stack: str) -> Path:
     return here if project is None or find_project(here) == here.resolve() else project
 
 
-class _Names(dict[str, int]):
-    """Gives each name it sees a number, in order of first sight."""
-
-    def __init__(self, names: Iterable[str] = ()) -> None:
-        super().__init__((name, number) for number, name in enumerate(names))
-
-    def __missing__(self, name: str) -> int:
-        self[name] = number = len(self)
-        return number
-
-    def numbers(self, names: Iterable[str]) -> list[int]:
-        """Return the number of each name."""
-        return [self[name] for name in names]
-
-
 def _micrograph_label(loop: Loop) -> str:
     labels = (MICROGRAPH_NAME, IMAGE_NAME)
     return next(label for label in labels if label in loop.labels)
-
-
-def _images(
-    star: StarFile, loop: Loop, first: int, names: list[str]
-) -> tuple[list[int], list[str]]:
-    """Split many image names, those of the rows from `first`, into 0-based places and stacks."""
-    numbers, _, stacks = zip(*(name.partition("@") for name in names))
-    usual = all(numbers) and all(stacks) and ":" not in "".join(stacks)
-    digits = "".join(numbers)
-    if usual and digits.isascii() and digits.isdecimal():
-        places = [int(number) - 1 for number in numbers]
-        if min(places) >= 0 and max(places) < _LARGEST_INDEX:
-            return places, list(stacks)
-    both = [_image(star, loop, row, name) for row, name in enumerate(names, first)]
-    return [place for place, _ in both], [stack for _, stack in both]
-
-
-def _image(star: StarFile, loop: Loop, row: int, name: str) -> tuple[int, str]:
-    try:
-        return parse_image_name(name)
-    except ValueError:
-        raise StarError(
-            f"{star.path}, line {loop.first_line + row}: the image name is {name!r}; expected "
-            "N@stack.mrcs with N from 1."
-        ) from None
 
 
 def _check_groups(

@@ -12,10 +12,10 @@ import numpy as np
 from relion_cryofilter.data.cryosparc import CS_SUFFIXES
 from relion_cryofilter.data.cryosparc_particles import read_particle_file
 from relion_cryofilter.data.labelled import LabelledSet
+from relion_cryofilter.data.names import parse_image_name
 from relion_cryofilter.data.particles import (
     ParticleSet,
     concatenate,
-    parse_image_name,
     particles_of_stacks,
     read_particles,
 )
