@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from relion_cryofilter.data.star_labels import IMAGE_DIMENSIONALITY, IMAGE_NAME
 from relion_cryofilter.data.star_layout import Loop, StarFile, read_star
-from relion_cryofilter.data.star_rows import TOKEN, column_chunks, columns, row_chunks, rows, tokens
+from relion_cryofilter.data.star_rows import TOKEN, column_chunks, columns, row_chunks, tokens
 from relion_cryofilter.errors import StarError
 
 __all__ = [
     "TOKEN", "Loop", "StarFile", "column_chunks", "columns", "particle_loop", "read_star",
-    "row_chunks", "rows", "tokens",
+    "row_chunks", "tokens",
 ]  # fmt: skip
 
 _TOMO_LABELS = ("rlnTomoParticleName", "rlnTomoParticleId", "rlnTomoVisibleFrames")

@@ -29,12 +29,6 @@ def tokens(line: bytes) -> list[bytes]:
     return words[:-1] if words and words[-1].startswith(b"#") else words
 
 
-def rows(star: StarFile, loop: Loop) -> Iterator[bytes]:
-    """Yield the rows of `loop` as they stand in the file, newline included."""
-    for chunk in row_chunks(star, loop):
-        yield from chunk.splitlines(keepends=True)
-
-
 def row_chunks(star: StarFile, loop: Loop) -> Iterator[bytes]:
     """Yield the rows of `loop`, whole lines, a few megabytes at a time."""
     with star.path.open("rb", buffering=0) as file:
