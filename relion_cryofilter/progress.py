@@ -57,9 +57,10 @@ class Progress:
         self._silence = _FIRST_LINE_S
         self._next = self._start + self._silence
 
-    def begin_at(self, count: int) -> None:
-        """Note that `count` were done by an earlier run; they do not count for the rate."""
-        self.done = self._before = count
+    def skip(self, count: int) -> None:
+        """Note that `count` more were done by an earlier run; they do not count for the rate."""
+        self.done += count
+        self._before += count
 
     def step(self, count: int) -> None:
         """Note that `count` more are done.

@@ -112,7 +112,7 @@ def score_particles(
     values[bad.rows] = 0
     left = np.flatnonzero(np.isnan(values))
     rows = ranks.share(left[np.lexsort((particles.index[left], particles.stack_of[left]))])
-    progress.begin_at(len(particles) - len(left))
+    progress.skip(len(particles) - len(left))
     ranks.wait()  # until all have read what is known
     scorer = _Scorer(models, devices, tta, features_path is not None or sample > 0)
     sampled = _FeatureSample(rows, sample)

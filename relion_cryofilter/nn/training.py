@@ -166,7 +166,7 @@ class Trainer:
             self.start_auc = self._validate(self._predict())[2]
             log.info("Before any training: validation AUC %.4f.", self.start_auc)
         self._resume()
-        progress.step(len(self.history) * len(self.split.train))
+        progress.skip(len(self.history) * len(self.split.train))
         after_epoch(self.history)
         while not self._finished():
             self._epoch(len(self.history) + 1, progress)
