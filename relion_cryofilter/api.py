@@ -12,21 +12,26 @@ with their options) write what RELION and people look at.
 
 from __future__ import annotations
 
-import csv
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from relion_cryofilter.commands.contrast import check_contrast
+from relion_cryofilter.commands.evaluation import measure
 from relion_cryofilter.commands.fitting import HISTORY, model_name
-from relion_cryofilter.commands.models import check_pixel_size, check_request, read_models
-from relion_cryofilter.commands.models import resolve_threshold as resolve
+from relion_cryofilter.commands.judging import judge, score_as_told
+from relion_cryofilter.commands.models import (
+    check_pixel_size,
+    check_request,
+    in_precision,
+    read_models,
+)
 from relion_cryofilter.commands.train import train_on
 from relion_cryofilter.data.frames import (
     Table,
@@ -36,18 +41,16 @@ from relion_cryofilter.data.frames import (
     table_of_columns,
     table_of_particles,
 )
-from relion_cryofilter.data.labelled import LabelledSet, clusters_of
+from relion_cryofilter.data.labelled import LabelledSet
 from relion_cryofilter.data.particles import ParticleSet, read_particles
 from relion_cryofilter.data.star_labels import SCORE_LABEL
-from relion_cryofilter.errors import CryoFilterError
+from relion_cryofilter.files import read_csv
 from relion_cryofilter.nn.checkpoint import Model, load_model
-from relion_cryofilter.nn.devices import choose_devices
-from relion_cryofilter.nn.scoring import Scores, score_particles
-from relion_cryofilter.option_kinds import gpu_numbers
+from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.options import LabelOptions, ModelOptions, TrainOptions
 from relion_cryofilter.progress import Listener, Progress, listening
 from relion_cryofilter.relion.labels import labelled_particles
-from relion_cryofilter.results.metrics import Evaluation, evaluate
+from relion_cryofilter.results.metrics import Evaluation
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -109,8 +112,8 @@ class Training:
 
     models: tuple[Model, ...]
     figures: Mapping[str, Any]
-    _history: tuple[dict[str, str], ...]
-    _predictions: tuple[dict[str, str], ...]
+    _history: list[dict[str, str]]
+    _predictions: list[dict[str, str]]
 
     def history(self) -> pd.DataFrame:
         """Return loss, accuracy and AUC of each epoch (of the first model)."""
@@ -154,15 +157,13 @@ def score_images(
     chosen = ModelOptions(**_of_values(options))
     found, models = _read(particles, folder), _models(model, chosen)
     check_request(chosen.threshold, models)
-    if not chosen.any_contrast:
-        check_contrast(found, models[0].preprocess, chosen.threads)
+    check_contrast(found, models, chosen)
     scores = _scores(found, models, chosen, progress)
-    values = np.round(scores.values, 6)
-    threshold, reason = resolve(chosen.threshold, models, values)
-    accepted = values >= threshold
-    accepted[scores.bad.rows] = False
+    judged = judge(scores, models, chosen.threshold)
     table = particles if is_table(particles) else found
-    return ParticleScores(values, accepted, threshold, reason, scores.bad.rows, table)
+    return ParticleScores(
+        judged.values, judged.accepted, judged.threshold, judged.reason, scores.bad.rows, table
+    )
 
 
 def train_model(
@@ -205,8 +206,8 @@ def train_model(
         return Training(
             models,
             json.loads((place / "metrics.json").read_text()),
-            _rows((chosen.history_dir or place) / HISTORY),
-            _rows(place / "predictions.csv"),
+            read_csv((chosen.history_dir or place) / HISTORY),
+            read_csv(place / "predictions.csv"),
         )
 
 
@@ -244,17 +245,9 @@ def evaluate_model(
     chosen = ModelOptions(**_of_values(options))
     labelled, models = _labelled(good, bad, folder), _models(model, chosen)
     check_request(chosen.threshold, models)
-    if not chosen.any_contrast:
-        wanted = labelled.particles.take(np.flatnonzero(labelled.labels))
-        check_contrast(wanted, models[0].preprocess, chosen.threads)
+    check_contrast(labelled.good(), models, chosen)
     scores = _scores(labelled.particles, models, chosen, progress)
-    kept = np.setdiff1d(np.arange(len(labelled)), scores.bad.rows)
-    labelled, values = labelled.take(kept), np.round(scores.values[kept], 6)
-    if len(set(labelled.labels.tolist())) < 2:
-        raise CryoFilterError("Only particles of one kind are left, so nothing can be measured.")
-    threshold, _ = resolve(chosen.threshold, models, values)
-    clusters, _ = clusters_of(labelled.particles)
-    return evaluate(labelled.labels, values, clusters, threshold, seed=seed)
+    return measure(labelled, scores, models, chosen.threshold, seed).evaluation
 
 
 def _of_values(options: dict[str, Any], but: Sequence[str] = ()) -> dict[str, Any]:
@@ -281,12 +274,13 @@ def _models(model: Models, options: ModelOptions) -> list[Model]:
     if model is None:
         return read_models(options)
     several = [model] if isinstance(model, str | Path | Model) else model
-    return [item if isinstance(item, Model) else _model_of(item, options) for item in several]
+    return [_model_of(item, options) for item in several]
 
 
-def _model_of(path: str | Path, options: ModelOptions) -> Model:
-    checks = {name: getattr(options, name) for name in ("model", "f", "img_dim")}
-    return read_models(ModelOptions(weights=(Path(path),), **checks))[0]
+def _model_of(item: str | Path | Model, options: ModelOptions) -> Model:
+    if isinstance(item, Model):
+        return item if options.precision == "float32" else in_precision(item, options)
+    return read_models(replace(options, weights=(Path(item),)))[0]
 
 
 def _scores(
@@ -297,18 +291,6 @@ def _scores(
 ) -> Scores:
     check_pixel_size(models, particles)
     with listening(progress):
-        return score_particles(
-            particles,
-            models,
-            Progress(len(particles), "particles scored"),
-            threads=options.threads,
-            devices=choose_devices(gpu_numbers(options.gpu)),
-            batch_size=options.batch_size,
-            tta=options.tta,
-            skip_bad=options.skip_bad,
+        return score_as_told(
+            particles, models, options, Progress(len(particles), "particles scored")
         )
-
-
-def _rows(path: Path) -> tuple[dict[str, str], ...]:
-    with path.open(newline="") as file:
-        return tuple(csv.DictReader(file))

@@ -1,7 +1,8 @@
-"""Writing files so that nothing is ever found half written."""
+"""Writing files so that nothing is ever found half written, and reading tables back."""
 
 from __future__ import annotations
 
+import csv
 import os
 import tempfile
 from collections.abc import Iterator
@@ -47,3 +48,9 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a table whose first line names its columns."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

@@ -94,8 +94,8 @@ class ModelOptions(JobOptions):
         "Images read at a time by each thread; 32 MiB worth if not given.", "integer", low=1
     )
     precision: str = option(
-        "float32, or bf16: up to twice as fast where the processor or GPU has it; scores change by "
-        "up to about 0.01.", "text", "float32", choices=("float32", "bf16"),
+        "float32, or bf16: a third faster where the processor has it; scores change by up to "
+        "about 0.01.", "text", "float32", choices=("float32", "bf16"),
     )  # fmt: skip
     any_contrast: bool = option(
         "Go on though the particles are darker than their surroundings.", "flag", False

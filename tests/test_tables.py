@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import starfile
+import torch
 from conftest import ROOT
 from test_labels import half_star
 
@@ -64,6 +66,17 @@ def test_models_are_files_or_in_memory_and_several_are_averaged(project):
     model = load_model(MODEL)
     one = score_images(STAR, model, **PLAIN)
     assert (score_images(STAR, [model, MODEL], **PLAIN).values == one.values).all()
+
+
+def test_models_are_used_in_the_precision_that_is_asked_for(project):
+    score(ScoreOptions(in_parts=STAR, o="out/", weights=MODEL, precision="bf16", **PLAIN))
+    written = starfile.read("out/particles.star")["particles"]["rlnParticleFigureOfMerit"]
+    model = load_model(MODEL)
+    reduced = dataclasses.replace(model, precision=torch.bfloat16)
+    for given in (MODEL, model, reduced):
+        assert (score_images(STAR, given, precision="bf16", **PLAIN).values == written).all()
+    assert (score_images(STAR, reduced, **PLAIN).values == written).all()
+    assert (score_images(STAR, model, **PLAIN).values != written).any()
 
 
 def test_image_paths_of_a_table_start_from_a_folder(project, tmp_path_factory, monkeypatch):

@@ -6,18 +6,16 @@ import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from relion_cryofilter.commands import Output
 from relion_cryofilter.commands.closing import FEATURE_SAMPLE, LOGFILE, REPORT, log_files
 from relion_cryofilter.commands.contrast import check_contrast
-from relion_cryofilter.commands.evaluation import METRICS, PREDICTIONS, write_evaluation
+from relion_cryofilter.commands.evaluation import METRICS, PREDICTIONS, measure, write_evaluation
+from relion_cryofilter.commands.judging import score_as_told
 from relion_cryofilter.commands.models import (
     check_pixel_size,
     check_request,
     describe_models,
     read_models,
-    resolve_threshold,
 )
 from relion_cryofilter.commands.report import (
     Tested,
@@ -29,15 +27,11 @@ from relion_cryofilter.data.labelled import (
     seen_units,
     split_by_micrograph,
 )
-from relion_cryofilter.errors import CryoFilterError, UsageError
+from relion_cryofilter.errors import UsageError
 from relion_cryofilter.nn.checkpoint import Model
-from relion_cryofilter.nn.devices import choose_devices
-from relion_cryofilter.nn.scoring import score_particles
-from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.options import MetricsOptions, TrainOptions
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion.labels import read_labels
-from relion_cryofilter.results.metrics import evaluate
 from relion_cryofilter.wording import counted
 
 log = logging.getLogger("relion_cryofilter")
@@ -73,43 +67,25 @@ def metrics(
     else:
         _warn_of_seen(models, labelled)
     log.info("Model %s; measured on %s.", describe_models(models, options), part)
-    if not options.any_contrast:
-        wanted = labelled.particles.take(np.flatnonzero(labelled.labels))
-        check_contrast(wanted, models[0].preprocess, options.threads)
-    scores = score_particles(
-        labelled.particles,
-        models,
-        Progress(len(labelled), "particles scored", abort_requested),
-        threads=options.threads,
-        devices=choose_devices(gpu_numbers(options.gpu)),
-        batch_size=options.batch_size,
-        tta=options.tta,
-        skip_bad=options.skip_bad,
-        sample=FEATURE_SAMPLE,
-    )
-    good = np.setdiff1d(np.arange(len(labelled)), scores.bad.rows)
-    labelled, values = labelled.take(good), np.round(scores.values[good], 6)
-    if len(scores.bad):
-        log.warning("%s\nThey are left out.", scores.bad.summary())
-    if len(set(labelled.labels.tolist())) < 2:
-        raise CryoFilterError("Only particles of one kind are left, so nothing can be measured.")
-    threshold, reason = resolve_threshold(options.threshold, models, values)
-    clusters, unit = clusters_of(labelled.particles)
-    evaluation = evaluate(labelled.labels, values, clusters, threshold, seed=options.seed)
+    check_contrast(labelled.good(), models, options)
+    progress = Progress(len(labelled), "particles scored", abort_requested)
+    scores = score_as_told(labelled.particles, models, options, progress, sample=FEATURE_SAMPLE)
+    measured = measure(labelled, scores, models, options.threshold, options.seed)
+    labelled, values, evaluation = measured.labelled, measured.values, measured.evaluation
     about = {
         "data": labelled.particles.source,
         "part": part,
         "models": describe_models(models, options),
         "tta": options.tta,
-        "threshold_reason": reason,
-        "clusters": unit,
+        "threshold_reason": measured.reason,
+        "clusters": measured.unit,
     }
     write_evaluation(folder, labelled.particles, labelled.labels, values, evaluation, about)
-    log.info("Threshold %g (%s).\n%s", threshold, reason, evaluation.summary())
+    log.info("Threshold %g (%s).\n%s", evaluation.threshold, measured.reason, evaluation.summary())
     tested = Tested(
         mode="metrics", options=options, labelled=labelled, values=values, evaluation=evaluation,
-        models=describe_models(models, options), part=part, reason=reason, sources=labelled.notes,
-        scores=scores,
+        models=describe_models(models, options), part=part, reason=measured.reason,
+        sources=labelled.notes, scores=scores,
     )  # fmt: skip
     outputs = write_test_report(folder, tested)
     n = counted(len(labelled), "labelled particle")

@@ -38,9 +38,12 @@ def read_models(options: ModelOptions) -> list[Model]:
         A file is missing or is no model.
     """
     paths = options.weights or (BUNDLED_MODEL,)
-    return [
-        replace(model, precision=PRECISIONS[options.precision]) for model in _read(paths, options)
-    ]
+    return [in_precision(model, options) for model in _read(paths, options)]
+
+
+def in_precision(model: Model, options: ModelOptions) -> Model:
+    """Return `model` in the precision of ``--precision``."""
+    return replace(model, precision=PRECISIONS[options.precision])
 
 
 def _read(paths: Sequence[Path], options: ModelOptions) -> list[Model]:

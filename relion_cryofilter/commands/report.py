@@ -6,7 +6,6 @@ made is a warning with its reason, never a failed job.
 
 from __future__ import annotations
 
-import csv
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +37,7 @@ from relion_cryofilter.commands.report_table import (
 from relion_cryofilter.commands.subsets import ALL, describe_counts, table_of
 from relion_cryofilter.data.labelled import LabelledSet
 from relion_cryofilter.data.particles import ParticleSet
+from relion_cryofilter.files import read_csv
 from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.options import MetricsOptions, ScoreOptions, TrainOptions
 from relion_cryofilter.progress import duration
@@ -267,7 +267,5 @@ def _test_facts(tested: Tested) -> list[tuple[str, str]]:
 
 
 def _history(path: Path | None) -> list[dict[str, float]]:
-    if path is None:
-        return []
-    with path.open(newline="") as file:
-        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    rows = read_csv(path) if path else []
+    return [{name: float(value) for name, value in row.items()} for row in rows]

@@ -13,12 +13,12 @@ import numpy as np
 from relion_cryofilter.commands import Output
 from relion_cryofilter.commands.closing import FEATURE_SAMPLE, LOGFILE, REPORT, log_files
 from relion_cryofilter.commands.contrast import check_contrast
+from relion_cryofilter.commands.judging import judge, score_as_told
 from relion_cryofilter.commands.models import (
     check_pixel_size,
     check_request,
     describe_models,
     read_models,
-    resolve_threshold,
 )
 from relion_cryofilter.commands.report_facts import describe_set
 from relion_cryofilter.commands.subsets import (
@@ -42,7 +42,6 @@ from relion_cryofilter.files import write_text
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.ranks import Ranks, join_ranks
-from relion_cryofilter.nn.scoring import score_particles
 from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.options import ScoreOptions
 from relion_cryofilter.processes import process_count
@@ -75,33 +74,27 @@ def score(
     ranks = join_ranks()
     devices = ranks.device(choose_devices(gpu_numbers(options.gpu)))
     _announce(particles, models, options, ranks)
-    if not options.any_contrast:
-        check_contrast(particles, models[0].preprocess, options.threads)
+    check_contrast(particles, models, options)
     for folder in (places.star, places.csv.parent, places.extras):
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
     progress = Progress(len(particles), "particles scored", abort_requested)
-    scores = score_particles(
+    scores = score_as_told(
         particles,
         models,
+        options,
         progress,
-        threads=options.threads,
         devices=devices,
-        batch_size=options.batch_size,
-        tta=options.tta,
         features_path=places.extras / FEATURES if options.features else None,
-        skip_bad=options.skip_bad,
         cache=_cache(options, models, particles, ranks),
         ranks=ranks,
         sample=FEATURE_SAMPLE if options.o is not None else 0,
     )
     if not ranks.first:
         return ()
-    values = np.round(scores.values, 6)
-    threshold, reason = resolve_threshold(options.threshold, models, values)
-    accepted = values >= threshold
-    accepted[scores.bad.rows] = False
-    warn_if_none(accepted, values, threshold)
+    judged = judge(scores, models, options.threshold)
+    values, accepted = judged.values, judged.accepted
+    warn_if_none(accepted, values, judged.threshold)
     outputs: tuple[Output, ...] = ()
     table = table_of(particles, options.score_label)
     if places.star is not None and table is not None:
@@ -114,7 +107,7 @@ def score(
             "%s\nThey are scored 0, rejected, and listed in %s.",
             scores.bad.summary(), places.extras / BAD_IMAGES,
         )  # fmt: skip
-    log.info("Threshold %g (%s).", threshold, reason)
+    log.info("Threshold %g (%s).", judged.threshold, judged.reason)
     log.info(
         "Scored %s particles in %s (%s/s)%s: %s.",
         f"{len(values) - scores.n_known:,}", duration(scores.seconds),
@@ -124,8 +117,8 @@ def score(
     from relion_cryofilter.commands.report import Scored, write_score_report  # slow to import
 
     scored = Scored(
-        options, particles, describe_models(models, options), scores, values, threshold, reason,
-        accepted,
+        options, particles, describe_models(models, options), scores, values, judged.threshold,
+        judged.reason, accepted,
     )  # fmt: skip
     outputs += write_score_report(scored)
     written = describe_files(table if places.star else None, accepted)

@@ -43,6 +43,10 @@ class LabelledSet:
         notes = (*self.notes, note) if note else self.notes
         return LabelledSet(self.particles.take(rows), self.labels[rows], notes)
 
+    def good(self) -> ParticleSet:
+        """Return the particles to keep."""
+        return self.particles.take(np.flatnonzero(self.labels))
+
     @property
     def fingerprint(self) -> str:
         """Short hex SHA-256 of the image names and labels, whatever their order."""
