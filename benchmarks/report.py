@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 
 from relion_cryofilter.commands.closing import FEATURE_SAMPLE, LOGFILE, REPORT
@@ -21,7 +22,6 @@ from relion_cryofilter.commands.report import (
 )
 from relion_cryofilter.data.bad_images import BadImages
 from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.simulate.project import _write_stack
 from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.options import ScoreOptions
 
@@ -74,7 +74,9 @@ def write_set(folder: Path, n: int) -> Path:
     """Write the STAR file and its stack; return the STAR file."""
     rng = np.random.default_rng(0)
     images = rng.normal(size=(IMAGES, BOX_PX, BOX_PX)).astype(np.float32)
-    _write_stack(folder / "stack.mrcs", images, 1.5)
+    with mrcfile.new(folder / "stack.mrcs") as file:
+        file.set_data(images)
+        file.set_image_stack()
     labels = "".join(f"_rln{name} #{place}\n" for place, name in enumerate(LABELS, 1))
     path = folder / "particles.star"
     defocus = rng.uniform(8e3, 25e3, MICROGRAPHS)

@@ -197,8 +197,7 @@ def rate_of_2020(path: Path, model: str, tta: bool) -> float:
     """Return particles a CPU second of the 2020 algorithm; the default is held to roberts."""
     import mrcfile
     import torch
-    from skimage.filters import gaussian, roberts
-    from skimage.transform import resize
+    from program_2020 import prepared
 
     from relion_cryofilter.nn.networks import build_network
     from relion_cryofilter.nn.preprocess import d4_views
@@ -208,16 +207,13 @@ def rate_of_2020(path: Path, model: str, tta: bool) -> float:
     network, size = build_network(name, f=32, dim=int(dim)).eval(), int(dim)
     with mrcfile.mmap(path, permissive=True) as file:
         raw = file.data[: OF_2020 // (4 if tta else 1)]
-
-    def prepare(image: np.ndarray) -> np.ndarray:
-        small = resize(gaussian(image, sigma=3), (size, size))
-        maps = [small, roberts(small)] if network.channels > 1 else [small]
-        return np.stack([(one - one.mean()) / one.std() for one in maps]).astype(np.float32)
+    both = network.channels > 1
 
     def score() -> None:
         with torch.inference_mode():
             for first in range(0, len(raw), 32):
-                maps = torch.from_numpy(np.stack([prepare(one) for one in raw[first : first + 32]]))
+                batch = [prepared(one, size, both) for one in raw[first : first + 32]]
+                maps = torch.from_numpy(np.stack(batch))
                 views = list(d4_views(maps)) if tta else [maps]
                 torch.stack([torch.sigmoid(network(view.contiguous())) for view in views]).mean(0)
 

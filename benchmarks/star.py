@@ -10,7 +10,6 @@ one file; this program writes the whole set with scores and its two subsets.
 import argparse
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
@@ -50,12 +49,12 @@ OURS = """
 import sys
 from pathlib import Path
 import numpy as np
-from relion_cryofilter.commands.subsets import write_all_with_scores
+from relion_cryofilter.commands.subsets import table_of, write_all_with_scores
 from relion_cryofilter.data.particles import read_particles
 particles = read_particles(sys.argv[1])
 scores = np.random.default_rng(0).random(len(particles))
-write_all_with_scores(Path(sys.argv[2]), particles.star, particles.loop, scores > 0.4,
-                      "rlnParticleFigureOfMerit", scores)
+table = table_of(particles, "rlnParticleFigureOfMerit")
+write_all_with_scores(Path(sys.argv[2]), table, scores > 0.4, scores)
 """
 STARFILE = """
 import sys
@@ -86,11 +85,10 @@ def make(path: Path, n: int) -> None:
 
 def timed(command: list[str]) -> tuple[float, float]:
     """Run a command; return its CPU seconds and its peak memory in MB."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{command[0]} failed ({before.ru_utime:.0f} s of others before)")
+        raise SystemExit(f"{command[0]} failed")
     return used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 

@@ -18,8 +18,7 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import torch
-from skimage.filters import gaussian, roberts
-from skimage.transform import resize
+from program_2020 import prepared
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from relion_cryofilter import TrainOptions, train
@@ -70,19 +69,13 @@ def as_in_2020(paths: tuple[Path, Path]) -> float:
     start = time.process_time()
     for first in range(0, len(names), 32):
         batch = names[first : first + 32]
-        maps = np.stack([_prepared(files[kind].data[row]) for kind, row in batch])
+        maps = np.stack([prepared(files[kind].data[row], DIM) for kind, row in batch])
         targets = torch.tensor([1.0 - kind for kind, _ in batch])
         loss = binary_cross_entropy_with_logits(network(torch.from_numpy(maps)), targets)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
     return time.process_time() - start
-
-
-def _prepared(image: np.ndarray) -> np.ndarray:
-    small = resize(gaussian(image, sigma=3), (DIM, DIM))
-    maps = [small, roberts(small)]
-    return np.stack([(one - one.mean()) / one.std() for one in maps]).astype(np.float32)
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ GPU. The result is relion_cryofilter/models/default.safetensors.
 import argparse
 import multiprocessing
 import os
-import platform
 import time
 from pathlib import Path
 
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-import relion_cryofilter
 from relion_cryofilter.commands.models import BUNDLED_MODEL, CURVE
 from relion_cryofilter.data.labelled import Split
 from relion_cryofilter.data.simulate import degrade, molecule_of_map, simulate_varied
@@ -35,6 +33,7 @@ from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.results.operating_curve import OperatingCurve
 from relion_cryofilter.results.thresholds import ThresholdRequest
+from relion_cryofilter.versions import versions
 
 DIM = 48
 BATCHES = ((1, 4000, 40, 20), (2, 4000, 30, 50))
@@ -153,9 +152,7 @@ def main() -> None:
                        "n": len(truth), "micrographs": len(set(groups[validation]))},
         "seconds": round(time.monotonic() - start),
         CURVE: curve.to_dict(),
-        "versions": {"relion_cryofilter": relion_cryofilter.__version__,
-                     "torch": str(torch.__version__), "numpy": np.__version__,
-                     "python": platform.python_version()},
+        "versions": versions(),
     }  # fmt: skip
     threshold = curve.threshold(ThresholdRequest("recall", 0.95))
     model = Model(network, FourierCrop(DIM), threshold, temperature, provenance)

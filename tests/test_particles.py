@@ -7,8 +7,10 @@ from pathlib import Path
 import making
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
-from relion_cryofilter.data.names import parse_image_name
+from relion_cryofilter.data.names import parse_image_name, parse_image_names
 from relion_cryofilter.data.particles import particles_of_stacks, read_particles
 from relion_cryofilter.errors import StarError
 
@@ -32,6 +34,20 @@ def star(path: Path, text: str) -> Path:
 )
 def test_image_names_are_one_based_outside_and_zero_based_inside(name, place):
     assert parse_image_name(name) == place
+
+
+@example(["1@2@3", "c"])
+@example(["1@a", "2@b"])
+@given(st.lists(st.text("1@:/\nm", min_size=1), max_size=6))
+def test_many_image_names_are_split_like_each_one(names):
+    try:
+        each = [parse_image_name(name) for name in names]
+    except ValueError:
+        with pytest.raises(StarError, match="here"):
+            parse_image_names(names, lambda row: f"here {row}")
+    else:
+        places, stacks = parse_image_names(names, lambda row: f"here {row}")
+        assert list(zip(places, stacks)) == each
 
 
 @pytest.mark.parametrize("name", ["0@x.mrcs", "x@y.mrcs", "-1@x.mrcs", "1@", "1.5@x.mrcs"])

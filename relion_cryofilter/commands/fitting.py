@@ -7,7 +7,6 @@ import csv
 import io
 import json
 import logging
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import relion_cryofilter
 from relion_cryofilter.commands.models import CURVE, ESTIMATE
 from relion_cryofilter.data.labelled import LabelledSet, Split, seen_units, short_hash
 from relion_cryofilter.files import write_text
@@ -40,6 +38,7 @@ from relion_cryofilter.results.figures import save_history
 from relion_cryofilter.results.metrics import evaluate
 from relion_cryofilter.results.operating_curve import OperatingCurve
 from relion_cryofilter.results.thresholds import choose_threshold
+from relion_cryofilter.versions import versions
 
 MODEL, HISTORY, CHECKPOINT = "model.safetensors", "history.csv", "checkpoint_last.pt"
 FROM_SCRATCH = {"epochs": 30, "batch_size": 64}
@@ -240,8 +239,6 @@ def _calibrated(
         "boxes_px": np.unique(loaded.boxes_px[loaded.boxes_px > 0]).tolist(),
         "threshold_request": str(options.threshold),
         CURVE: curve.to_dict(),
-        "versions": {"relion_cryofilter": relion_cryofilter.__version__,
-                     "torch": str(torch.__version__), "numpy": np.__version__,
-                     "python": platform.python_version()},
+        "versions": versions(),
     }  # fmt: skip
     return Model(network, start.preprocess, threshold, temperature, provenance)

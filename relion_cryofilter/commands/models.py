@@ -16,7 +16,7 @@ from relion_cryofilter.nn.checkpoint import Model, is_keras, load_model, require
 from relion_cryofilter.nn.keras import import_keras
 from relion_cryofilter.options import ModelOptions
 from relion_cryofilter.results.bootstrap import Interval
-from relion_cryofilter.results.operating_curve import OperatingCurve, share_interval
+from relion_cryofilter.results.operating_curve import OperatingCurve
 from relion_cryofilter.results.thresholds import ThresholdRequest, choose_threshold
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "default.safetensors"
@@ -132,12 +132,7 @@ def resolve_threshold(
                 f"for {request}, roughly: the mean of the thresholds of {len(curves)} models; "
                 "metrics on labelled particles tells what it gives"
             )
-        recall = share_interval(curves[0].recall_at(threshold), curves[0].n_positive)
-        precision = curves[0].precision_at(threshold)
-        return threshold, (
-            f"for {request}; on the model's validation particles recall {recall}, precision "
-            f"{precision:.3f}"
-        )
+        return threshold, f"for {request}; {curves[0].describe(threshold)}"
     return choose_threshold(
         request, scores
     ), "as asked" if request.kind == "score" else f"for {request}"

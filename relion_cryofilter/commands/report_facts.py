@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import platform
 import shlex
 from dataclasses import fields
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import relion_cryofilter
 from relion_cryofilter.data.labelled import LabelledSet
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.data.star_labels import SCORE_LABEL
 from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.options import JobOptions, Options
+from relion_cryofilter.versions import versions
 from relion_cryofilter.wording import counted
 
 MOST_SOURCES = 3
@@ -58,16 +56,10 @@ def run_facts(options: JobOptions) -> list[tuple[str, str]]:
     gpus = getattr(options, "gpu", None)
     used = gpu_numbers(gpus) != [] and torch.cuda.is_available()
     where = f"GPU {gpus}" if used else "the processor"
-    versions = {
-        "relion_cryofilter": relion_cryofilter.__version__,
-        "Python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "matplotlib": version("matplotlib"),
-    }
+    made_with = versions("matplotlib")
     return [
         ("Computed on", f"{where}, {counted(options.threads, 'thread')}"),
-        ("Versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+        ("Versions", ", ".join(" ".join(item) for item in made_with.items())),
         ("Made", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")),
     ]
 

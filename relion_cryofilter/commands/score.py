@@ -22,8 +22,8 @@ from relion_cryofilter.commands.models import (
 )
 from relion_cryofilter.commands.report_facts import describe_set
 from relion_cryofilter.commands.subsets import (
+    describe_all,
     describe_counts,
-    describe_files,
     refuse_to_overwrite,
     result_names,
     table_of,
@@ -121,7 +121,7 @@ def score(
         judged.reason, accepted,
     )  # fmt: skip
     outputs += write_score_report(scored)
-    written = describe_files(table if places.star else None, accepted)
+    written = describe_all(table, accepted) if places.star and table else {}
     _close(places, written, len(values), len(scores.bad))
     return outputs
 

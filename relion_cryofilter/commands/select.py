@@ -14,7 +14,7 @@ from relion_cryofilter.commands.closing import log_files
 from relion_cryofilter.commands.subsets import (
     Table,
     describe_counts,
-    describe_files,
+    describe_subsets,
     refuse_to_overwrite,
     result_names,
     warn_if_none,
@@ -25,7 +25,7 @@ from relion_cryofilter.data.star import Loop, StarFile, columns, particle_loop, 
 from relion_cryofilter.data.star_writing import StarTable
 from relion_cryofilter.errors import ModelError, StarError, UsageError
 from relion_cryofilter.options import SelectOptions
-from relion_cryofilter.results.operating_curve import OperatingCurve, share_interval
+from relion_cryofilter.results.operating_curve import OperatingCurve
 from relion_cryofilter.results.thresholds import choose_threshold
 from relion_cryofilter.wording import counted
 
@@ -53,9 +53,7 @@ def select(
     if request.kind in ("recall", "precision"):
         curve = _stored_curve(options.weights)
         threshold = curve.threshold(request)
-        recall = share_interval(curve.recall_at(threshold), curve.n_positive)
-        reason += f"; on the model's validation particles recall {recall}, precision "
-        reason += f"{curve.precision_at(threshold):.3f}"
+        reason += f"; {curve.describe(threshold)}"
     else:
         threshold = choose_threshold(request, scores)
     log.info(
@@ -69,8 +67,7 @@ def select(
     warn_if_none(accepted, scores, threshold)
     outputs = write_accepted_and_rejected(options.o, table, accepted)
     log.info("Threshold %g (%s): %s.", threshold, reason, describe_counts(accepted))
-    files = describe_files(table, accepted)
-    log_files(options.o, {output: files[output] for output in list(files)[1:]})
+    log_files(options.o, describe_subsets(table, accepted))
     return outputs
 
 

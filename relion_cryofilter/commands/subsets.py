@@ -89,17 +89,21 @@ def _write(
     return outputs if table.suffix == ".star" else ()
 
 
-def describe_files(table: Table | None, accepted: np.ndarray) -> dict[str, str]:
-    """Return what the files of a table hold, by name, for the last lines of run.out."""
-    if table is None:
-        return {}
-    n, kept = len(accepted), int(accepted.sum())
-    texts = {
-        ALL: counted(n, "particle") + " with scores",
-        ACCEPTED: counted(kept, "particle"),
-        REJECTED: counted(n - kept, "particle"),
-    }
-    return {Path(name).with_suffix(table.suffix).name: text for name, text in texts.items()}
+def describe_all(table: Table, accepted: np.ndarray) -> dict[str, str]:
+    """Return what the files of `write_all_with_scores` hold, by name, for the end of run.out."""
+    everything = {_file_name(ALL, table): counted(len(accepted), "particle") + " with scores"}
+    return {**everything, **describe_subsets(table, accepted)}
+
+
+def describe_subsets(table: Table, accepted: np.ndarray) -> dict[str, str]:
+    """Return what the files of `write_accepted_and_rejected` hold, by name."""
+    kept = int(accepted.sum())
+    counts = {ACCEPTED: kept, REJECTED: len(accepted) - kept}
+    return {_file_name(name, table): counted(count, "particle") for name, count in counts.items()}
+
+
+def _file_name(name: str, table: Table) -> str:
+    return Path(name).with_suffix(table.suffix).name
 
 
 def refuse_to_overwrite(sources: Iterable[Path | None], results: Iterable[Path]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
+from operator import contains
 
 import numpy as np
 
@@ -54,15 +56,15 @@ def parse_image_names(
     StarError
         One of them is no image name.
     """
-    if not names:
-        return [], []
-    numbers, _, stacks = zip(*(name.partition("@") for name in names))
-    usual = all(numbers) and all(stacks) and ":" not in "".join(stacks)
-    digits = "".join(numbers)
-    if usual and digits.isascii() and digits.isdecimal():
-        places = [int(number) - 1 for number in numbers]
-        if min(places) >= 0 and max(places) < _LARGEST_INDEX:
-            return places, list(stacks)
+    parts = "\n".join(names).replace("@", "\n").split("\n")
+    numbers, stacks = parts[::2], parts[1::2]
+    if len(parts) == 2 * len(names) and all(map(contains, names, repeat("@"))):
+        digits = "".join(numbers)
+        plain = digits.isascii() and digits.isdecimal() and all(numbers)
+        if plain and all(stacks) and ":" not in "".join(stacks):
+            places = [int(number) - 1 for number in numbers]
+            if min(places) >= 0 and max(places) < _LARGEST_INDEX:
+                return places, stacks
     both = [_parsed(name, row, where) for row, name in enumerate(names, first)]
     return [place for place, _ in both], [stack for _, stack in both]
 

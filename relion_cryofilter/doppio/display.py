@@ -12,13 +12,14 @@ from gemmi import cif
 from pipeliner.display_tools import create_results_display_object, mini_montage_from_starfile
 from pipeliner.results_display_objects import ResultsDisplayObject
 
+from relion_cryofilter.commands.closing import LOGFILE, REPORT
+from relion_cryofilter.commands.subsets import ACCEPTED, ALL, REJECTED
 from relion_cryofilter.data.star_labels import SCORE_LABEL
 
-ALL, ACCEPTED, REJECTED = "particles.star", "particles_accepted.star", "particles_rejected.star"
 SUBSETS = {ACCEPTED: "accepted", REJECTED: "rejected", ALL: "scored"}
 """The STAR files of a score job and their node keywords."""
 
-REPORTS = {"logfile.pdf": "pdffile", "report.html": "html"}
+REPORTS = {LOGFILE: "pdffile", REPORT: "html"}
 """Reports that a job may write, and the pipeliner's kind of display for them."""
 
 SCORES_CSV, HISTORY_CSV, METRICS_JSON = "scores.csv", "history.csv", "metrics.json"

@@ -16,6 +16,7 @@ from pipeliner.job_options import JobOptionCondition, JobOptionValidationResult
 from pipeliner.pipeliner_job import PipelinerCommand, PipelinerJob
 from pipeliner.results_display_objects import ResultsDisplayObject
 
+from relion_cryofilter.commands.subsets import ACCEPTED, ALL, REJECTED
 from relion_cryofilter.doppio import display, job_options
 from relion_cryofilter.options import JobOptions, MetricsOptions, ScoreOptions, TrainOptions
 
@@ -71,8 +72,8 @@ class CryoFilterJob(PipelinerJob):
         return [*self.results(), *shown]
 
     def results(self) -> list[ResultsDisplayObject]:
-        """Return the mode's own figures and tables."""
-        raise NotImplementedError
+        """Return the mode's own figures and tables; none if it makes none."""
+        return []
 
     def _path(self, name: str) -> Path:
         return Path(self.output_dir) / name
@@ -93,13 +94,13 @@ class ScoreParticles(CryoFilterJob):
 
     def create_output_nodes(self) -> None:
         """Name the files that the next job may be scheduled on."""
-        for name in (display.ACCEPTED, display.ALL):
+        for name in (ACCEPTED, ALL):
             self._add_particles(name)
 
     def create_post_run_output_nodes(self) -> None:
         """Add the rejected particles, if there are any, and the reports."""
-        if self._path(display.REJECTED).is_file():
-            self._add_particles(display.REJECTED)
+        if self._path(REJECTED).is_file():
+            self._add_particles(REJECTED)
         super().create_post_run_output_nodes()
 
     def _add_particles(self, name: str) -> None:

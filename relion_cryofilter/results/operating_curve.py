@@ -124,6 +124,14 @@ class OperatingCurve:
         true, false = self._accepted([threshold])
         return float(ratio(true, true + false)[0])
 
+    def describe(self, threshold: float) -> str:
+        """Return what a threshold gave on the validation particles, for the log."""
+        recall = share_interval(self.recall_at(threshold), self.n_positive)
+        return (
+            f"on the model's validation particles recall {recall}, precision "
+            f"{self.precision_at(threshold):.3f}"
+        )
+
     def threshold(self, request: ThresholdRequest) -> float:
         """Return the threshold for a score, recall or precision, as `choose_threshold` does.
 
