@@ -89,6 +89,9 @@ def test_counts_of_the_report_and_of_runout_are_the_rows_written(project, capsys
     assert data["n"] == kept + lost == 48
     assert "Read Extract/job001/particles.star: 48 particles in 4 stacks, 4 micrographs, 1" in said
     assert "To do: score every particle and accept at the model's threshold" in said
+    *_, threshold, scored = said.splitlines()
+    assert threshold.startswith("Threshold ")
+    assert scored.endswith(f": {kept} accepted ({100 * kept / 48:.1f} %), {lost} rejected.")
     listed = dict(re.findall(r"^  (\S+) +(.*)$", said[said.index("Results are in") :], re.M))
     assert listed["particles.star"] == "48 particles with scores"
     assert listed["particles_accepted.star"] == counted(kept, "particle")

@@ -260,6 +260,7 @@ def test_a_training_job_leaves_model_history_and_figures(select_project, capsys)
     for said in ("in memory as float32", "Split by", "Auc:", "Self-tests:", "permuted labels",
                  "pure noise", "background sigma", "file of origin"):  # fmt: skip
         assert said in text
+    assert text.splitlines()[-1].startswith("On the test part: AUC ")
     report = json.loads(Path(JOB, "metrics.json").read_text())
     assert {test["name"] for test in report["self_tests"]} >= {"split", "pure noise"}
     model = load_model(Path(JOB, "model.safetensors"))

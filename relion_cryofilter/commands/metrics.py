@@ -94,7 +94,8 @@ def metrics(
         PREDICTIONS: "scores",
         LOGFILE: "for RELION's Display menu",
     }
-    log_files(folder, {**files, REPORT: "the same for a browser, with a threshold slider"})
+    files[REPORT] = "the same for a browser, with a threshold slider"
+    log_files(folder, files, f"On {part}: {evaluation.headline()}")
     return outputs
 
 

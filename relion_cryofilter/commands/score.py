@@ -13,7 +13,7 @@ import numpy as np
 from relion_cryofilter.commands import Output
 from relion_cryofilter.commands.closing import FEATURE_SAMPLE, LOGFILE, REPORT, log_files
 from relion_cryofilter.commands.contrast import check_contrast
-from relion_cryofilter.commands.judging import judge, score_as_told
+from relion_cryofilter.commands.judging import Judged, judge, score_as_told
 from relion_cryofilter.commands.models import (
     check_pixel_size,
     check_request,
@@ -42,6 +42,7 @@ from relion_cryofilter.files import write_text
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.devices import choose_devices
 from relion_cryofilter.nn.ranks import Ranks, join_ranks
+from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.options import ScoreOptions
 from relion_cryofilter.processes import process_count
@@ -107,13 +108,6 @@ def score(
             "%s\nThey are scored 0, rejected, and listed in %s.",
             scores.bad.summary(), places.extras / BAD_IMAGES,
         )  # fmt: skip
-    log.info("Threshold %g (%s).", judged.threshold, judged.reason)
-    log.info(
-        "Scored %s particles in %s (%s/s)%s: %s.",
-        f"{len(values) - scores.n_known:,}", duration(scores.seconds),
-        f"{(len(values) - scores.n_known) / max(scores.seconds, 1e-9):,.0f}",
-        f", {scores.n_known:,} were known" if scores.n_known else "", describe_counts(accepted),
-    )  # fmt: skip
     from relion_cryofilter.commands.report import Scored, write_score_report  # slow to import
 
     scored = Scored(
@@ -122,7 +116,7 @@ def score(
     )  # fmt: skip
     outputs += write_score_report(scored)
     written = describe_all(table, accepted) if places.star and table else {}
-    _close(places, written, len(values), len(scores.bad))
+    _close(places, written, scores, judged)
     return outputs
 
 
@@ -131,12 +125,20 @@ def _check_processes(options: ScoreOptions) -> None:
         raise UsageError("--features is written by one process; leave it out, or start one.")
 
 
-def _close(places: _Places, files: dict[str, str], n: int, n_bad: int) -> None:
-    """Name the files, with the numbers of their rows."""
+def _close(places: _Places, files: dict[str, str], scores: Scores, judged: Judged) -> None:
+    """Name the files, with the numbers of their rows; say how many particles are accepted."""
+    n, new = len(judged.values), len(judged.values) - scores.n_known
     files |= {places.csv.name: counted(n, "score"), FEATURES: counted(n, "feature vector")}
     files |= {f"{score_cache.NAME}{score_cache.SUFFIX}": "scores for Continue; may be deleted"}
-    files |= {BAD_IMAGES: counted(n_bad, "image"), LOGFILE: "for RELION's Display menu"}
-    log_files(places.extras, {**files, REPORT: "the same for a browser, with a threshold slider"})
+    files |= {BAD_IMAGES: counted(len(scores.bad), "image"), LOGFILE: "for RELION's Display menu"}
+    files |= {REPORT: "the same for a browser, with a threshold slider"}
+    known = f", {scores.n_known:,} were known" if scores.n_known else ""
+    log_files(
+        places.extras, files,
+        f"Threshold {judged.threshold:g} ({judged.reason}).\n"
+        f"Scored {new:,} particles in {duration(scores.seconds)} "
+        f"({new / max(scores.seconds, 1e-9):,.0f}/s){known}: {describe_counts(judged.accepted)}.",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

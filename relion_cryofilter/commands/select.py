@@ -66,8 +66,10 @@ def select(
     options.o.mkdir(parents=True, exist_ok=True)
     warn_if_none(accepted, scores, threshold)
     outputs = write_accepted_and_rejected(options.o, table, accepted)
-    log.info("Threshold %g (%s): %s.", threshold, reason, describe_counts(accepted))
-    log_files(options.o, describe_subsets(table, accepted))
+    log_files(
+        options.o, describe_subsets(table, accepted),
+        f"Threshold {threshold:g} ({reason}): {describe_counts(accepted)}.",
+    )  # fmt: skip
     return outputs
 
 

@@ -106,7 +106,7 @@ def train_on(
         return ()
     tested = _measure(folder, models, loaded, labelled, split, options)
     outputs = write_test_report(folder, tested)
-    log_files(folder, _files(options))
+    log_files(folder, _files(options), f"On the test part: {tested.evaluation.headline()}")
     return outputs
 
 

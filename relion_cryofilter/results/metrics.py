@@ -117,6 +117,13 @@ class Evaluation:
         ]
         return "\n".join(lines)
 
+    def headline(self) -> str:
+        """Return the main figures in one line."""
+        return (
+            f"AUC {self.auc}; at threshold {self.threshold:g} recall {self.sensitivity}, "
+            f"precision {self.precision}."
+        )
+
     def _on_intervals(self) -> str:
         """Say how the intervals were made, or why there are none."""
         if not (self.n_positive and self.n_negative):
