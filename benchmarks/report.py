@@ -15,7 +15,7 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 
-from relion_cryofilter.commands.closing import FEATURE_SAMPLE, LOGFILE, REPORT
+from relion_cryofilter.commands.closing import FEATURE_SAMPLE
 from relion_cryofilter.commands.report import (
     Scored,
     write_score_report,
@@ -24,6 +24,7 @@ from relion_cryofilter.data.bad_images import BadImages
 from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.options import ScoreOptions
+from relion_cryofilter.result_files import LOGFILE, REPORT
 
 MICROGRAPHS, IMAGES, BOX_PX = 2000, 500, 128
 LABELS = (

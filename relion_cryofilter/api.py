@@ -24,7 +24,7 @@ import numpy as np
 
 from relion_cryofilter.commands.contrast import check_contrast
 from relion_cryofilter.commands.evaluation import measure
-from relion_cryofilter.commands.fitting import HISTORY, model_name
+from relion_cryofilter.commands.fitting import model_name
 from relion_cryofilter.commands.judging import judge, score_as_told
 from relion_cryofilter.commands.models import (
     check_pixel_size,
@@ -50,6 +50,7 @@ from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.options import LabelOptions, ModelOptions, TrainOptions
 from relion_cryofilter.progress import Listener, Progress, listening
 from relion_cryofilter.relion.labels import labelled_particles
+from relion_cryofilter.result_files import HISTORY, METRICS, PREDICTIONS
 from relion_cryofilter.results.metrics import Evaluation
 
 if TYPE_CHECKING:
@@ -205,9 +206,9 @@ def train_model(
         )
         return Training(
             models,
-            json.loads((place / "metrics.json").read_text()),
+            json.loads((place / METRICS).read_text()),
             read_csv((chosen.history_dir or place) / HISTORY),
-            read_csv(place / "predictions.csv"),
+            read_csv(place / PREDICTIONS),
         )
 
 

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-LOGFILE, REPORT = "logfile.pdf", "report.html"
 FEATURE_SAMPLE = 20_000
 """Particles whose features are kept for the report's map of features."""
 

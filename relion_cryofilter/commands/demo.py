@@ -20,6 +20,7 @@ from relion_cryofilter.data.simulate import PARTICLE, simulate_project
 from relion_cryofilter.data.star_writing import write_subsets
 from relion_cryofilter.errors import CryoFilterError, UsageError
 from relion_cryofilter.options import DemoOptions
+from relion_cryofilter.result_files import ACCEPTED
 
 SCORE, TRAIN, SCORE_AGAIN = "External/job002/", "External/job003/", "External/job004/"
 PARTICLES = "Extract/job001/particles.star"
@@ -115,7 +116,7 @@ def _compare(
     row_of = {particles.image_name(row): row for row in range(len(particles))}
     kept = []
     for job in (SCORE, SCORE_AGAIN):
-        accepted = project / job / "particles_accepted.star"
+        accepted = project / job / ACCEPTED
         best = read_particles(accepted) if accepted.is_file() else None
         rows = [row_of[best.image_name(n)] for n in range(len(best))] if best else []
         kept.append(Counter(kinds[row] for row in rows if not labelled[row]))

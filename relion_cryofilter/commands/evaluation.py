@@ -20,11 +20,10 @@ from relion_cryofilter.errors import CryoFilterError
 from relion_cryofilter.files import write_text
 from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.nn.scoring import Scores
+from relion_cryofilter.result_files import METRICS, PREDICTIONS
 from relion_cryofilter.results import figures
 from relion_cryofilter.results.metrics import Evaluation, curves, evaluate
 from relion_cryofilter.results.thresholds import ThresholdRequest
-
-METRICS, PREDICTIONS = "metrics.json", "predictions.csv"
 
 log = logging.getLogger("relion_cryofilter")
 

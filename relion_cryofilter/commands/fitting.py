@@ -34,13 +34,13 @@ from relion_cryofilter.nn.training import (
 from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.options import TrainOptions
 from relion_cryofilter.progress import Progress
+from relion_cryofilter.result_files import CHECKPOINT, HISTORY, MODEL
 from relion_cryofilter.results.figures import save_history
 from relion_cryofilter.results.metrics import evaluate
 from relion_cryofilter.results.operating_curve import OperatingCurve
 from relion_cryofilter.results.thresholds import choose_threshold
 from relion_cryofilter.versions import versions
 
-MODEL, HISTORY, CHECKPOINT = "model.safetensors", "history.csv", "checkpoint_last.pt"
 FROM_SCRATCH = {"epochs": 30, "batch_size": 64}
 FROM_MODEL = {"epochs": 12, "batch_size": 32}
 NOISE_SHARE, NOISE_POOL, NOISE_SEED = 0.05, 512, 10_000

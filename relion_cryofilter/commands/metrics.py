@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from relion_cryofilter.commands import Output
-from relion_cryofilter.commands.closing import FEATURE_SAMPLE, LOGFILE, REPORT, log_files
+from relion_cryofilter.commands.closing import FEATURE_SAMPLE, log_files
 from relion_cryofilter.commands.contrast import check_contrast
-from relion_cryofilter.commands.evaluation import METRICS, PREDICTIONS, measure, write_evaluation
+from relion_cryofilter.commands.evaluation import measure, write_evaluation
 from relion_cryofilter.commands.judging import score_as_told
 from relion_cryofilter.commands.models import (
     check_pixel_size,
@@ -32,6 +32,7 @@ from relion_cryofilter.nn.checkpoint import Model
 from relion_cryofilter.options import MetricsOptions, TrainOptions
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion.labels import read_labels
+from relion_cryofilter.result_files import LOGFILE, METRICS, PREDICTIONS, REPORT
 from relion_cryofilter.wording import counted
 
 log = logging.getLogger("relion_cryofilter")

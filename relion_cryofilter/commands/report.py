@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
-from relion_cryofilter.commands.closing import LOGFILE, REPORT
 from relion_cryofilter.commands.report_facts import (
     label_facts,
     options_text,
@@ -34,13 +33,14 @@ from relion_cryofilter.commands.report_table import (
     read_columns,
     trends,
 )
-from relion_cryofilter.commands.subsets import ALL, describe_counts, table_of
+from relion_cryofilter.commands.subsets import describe_counts, table_of
 from relion_cryofilter.data.labelled import LabelledSet
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.files import read_csv
 from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.options import MetricsOptions, ScoreOptions, TrainOptions
 from relion_cryofilter.progress import duration
+from relion_cryofilter.result_files import ALL, LOGFILE, REPORT
 from relion_cryofilter.results.cuts import cuts_of, histogram_of
 from relion_cryofilter.results.metrics import Evaluation, curves
 from relion_cryofilter.results.report_data import (

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.commands import Output
-from relion_cryofilter.commands.closing import FEATURE_SAMPLE, LOGFILE, REPORT, log_files
+from relion_cryofilter.commands.closing import FEATURE_SAMPLE, log_files
 from relion_cryofilter.commands.contrast import check_contrast
 from relion_cryofilter.commands.judging import Judged, judge, score_as_told
 from relion_cryofilter.commands.models import (
@@ -47,9 +47,8 @@ from relion_cryofilter.option_kinds import gpu_numbers
 from relion_cryofilter.options import ScoreOptions
 from relion_cryofilter.processes import process_count
 from relion_cryofilter.progress import Progress, duration
+from relion_cryofilter.result_files import BAD_IMAGES, FEATURES, LOGFILE, REPORT, SCORES_CSV
 from relion_cryofilter.wording import counted
-
-SCORES_CSV, FEATURES, BAD_IMAGES = "scores.csv", "features.npy", "bad_images.csv"
 
 log = logging.getLogger("relion_cryofilter")
 

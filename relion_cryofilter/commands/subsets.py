@@ -14,9 +14,8 @@ from relion_cryofilter.commands import Output
 from relion_cryofilter.data.particles import ParticleSet
 from relion_cryofilter.data.star_writing import StarTable
 from relion_cryofilter.errors import UsageError
+from relion_cryofilter.result_files import ACCEPTED, ALL, REJECTED
 from relion_cryofilter.wording import counted
-
-ALL, ACCEPTED, REJECTED = "particles.star", "particles_accepted.star", "particles_rejected.star"
 
 log = logging.getLogger("relion_cryofilter")
 

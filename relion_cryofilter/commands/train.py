@@ -11,17 +11,10 @@ import numpy as np
 import torch
 
 from relion_cryofilter.commands import Output
-from relion_cryofilter.commands.closing import LOGFILE, REPORT, log_files
+from relion_cryofilter.commands.closing import log_files
 from relion_cryofilter.commands.contrast import refuse_dark
-from relion_cryofilter.commands.evaluation import METRICS, PREDICTIONS, write_evaluation
-from relion_cryofilter.commands.fitting import (
-    HISTORY,
-    MODEL,
-    Start,
-    fit,
-    model_name,
-    settings_of,
-)
+from relion_cryofilter.commands.evaluation import write_evaluation
+from relion_cryofilter.commands.fitting import Start, fit, model_name, settings_of
 from relion_cryofilter.commands.metrics import labelled_set, results_folder
 from relion_cryofilter.commands.models import BUNDLED_MODEL, check_pixel_size, resolve_threshold
 from relion_cryofilter.commands.report import Tested, write_test_report
@@ -43,6 +36,7 @@ from relion_cryofilter.nn.ranks import join_ranks
 from relion_cryofilter.nn.small_images import Loaded, load_small_images
 from relion_cryofilter.options import TrainOptions
 from relion_cryofilter.progress import Progress
+from relion_cryofilter.result_files import HISTORY, LOGFILE, METRICS, MODEL, PREDICTIONS, REPORT
 from relion_cryofilter.results.metrics import evaluate
 from relion_cryofilter.wording import counted
 

@@ -12,9 +12,17 @@ from gemmi import cif
 from pipeliner.display_tools import create_results_display_object, mini_montage_from_starfile
 from pipeliner.results_display_objects import ResultsDisplayObject
 
-from relion_cryofilter.commands.closing import LOGFILE, REPORT
-from relion_cryofilter.commands.subsets import ACCEPTED, ALL, REJECTED
 from relion_cryofilter.data.star_labels import SCORE_LABEL
+from relion_cryofilter.result_files import (
+    ACCEPTED,
+    ALL,
+    HISTORY,
+    LOGFILE,
+    METRICS,
+    REJECTED,
+    REPORT,
+    SCORES_CSV,
+)
 
 SUBSETS = {ACCEPTED: "accepted", REJECTED: "rejected", ALL: "scored"}
 """The STAR files of a score job and their node keywords."""
@@ -22,7 +30,6 @@ SUBSETS = {ACCEPTED: "accepted", REJECTED: "rejected", ALL: "scored"}
 REPORTS = {LOGFILE: "pdffile", REPORT: "html"}
 """Reports that a job may write, and the pipeliner's kind of display for them."""
 
-SCORES_CSV, HISTORY_CSV, METRICS_JSON = "scores.csv", "history.csv", "metrics.json"
 FIGURES = {
     "roc.png": "ROC curve",
     "precision_recall.png": "Precision and recall",
@@ -88,7 +95,7 @@ def _particles(folder: str, name: str) -> Any:
 
 def of_metrics(folder: str) -> list[ResultsDisplayObject]:
     """Return the figures of metrics.json as a table, and the pictures."""
-    path = Path(folder) / METRICS_JSON
+    path = Path(folder) / METRICS
     found = json.loads(path.read_text())
     rows = [
         [name.replace("_", " "), *(_number(value[part]) for part in INTERVAL)]
@@ -111,7 +118,7 @@ def _figures(folder: str) -> list[ResultsDisplayObject]:
     return [
         create_results_display_object(
             "image", title=title, image_path=f"{folder}{name}", image_desc=title,
-            associated_data=[f"{folder}{METRICS_JSON}"],
+            associated_data=[f"{folder}{METRICS}"],
         )
         for name, title in FIGURES.items()
         if _is_file(folder, name)
@@ -120,7 +127,7 @@ def _figures(folder: str) -> list[ResultsDisplayObject]:
 
 def of_history(folder: str) -> list[ResultsDisplayObject]:
     """Return loss and AUC of each epoch as graphs."""
-    path = Path(folder) / HISTORY_CSV
+    path = Path(folder) / HISTORY
     with path.open() as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
     graphs = []

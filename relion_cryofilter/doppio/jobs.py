@@ -16,9 +16,9 @@ from pipeliner.job_options import JobOptionCondition, JobOptionValidationResult
 from pipeliner.pipeliner_job import PipelinerCommand, PipelinerJob
 from pipeliner.results_display_objects import ResultsDisplayObject
 
-from relion_cryofilter.commands.subsets import ACCEPTED, ALL, REJECTED
 from relion_cryofilter.doppio import display, job_options
 from relion_cryofilter.options import JobOptions, MetricsOptions, ScoreOptions, TrainOptions
+from relion_cryofilter.result_files import ACCEPTED, ALL, METRICS, MODEL, REJECTED
 
 PROGRAM = "relion_cryofilter"
 
@@ -120,7 +120,7 @@ class _LabelledJob(CryoFilterJob):
 
     def create_output_nodes(self) -> None:
         """Name the table of figures."""
-        self._add_node("metrics.json", NODE_EVALUATIONMETRIC)
+        self._add_node(METRICS, NODE_EVALUATIONMETRIC)
 
     def results(self) -> list[ResultsDisplayObject]:
         """Return the table of figures with intervals, and the curves."""
@@ -135,7 +135,7 @@ class TrainParticles(_LabelledJob):
 
     def create_output_nodes(self) -> None:
         """Name the model and the table of figures."""
-        self._add_node("model.safetensors", NODE_MLMODEL)
+        self._add_node(MODEL, NODE_MLMODEL)
         super().create_output_nodes()
 
     def create_post_run_output_nodes(self) -> None:
