@@ -11,10 +11,10 @@ from relion_cryofilter.nn.preprocess import (
     BlurResize,
     FourierCrop,
     d4_views,
-    fourier_crop_operator,
     preprocess_from_dict,
     roberts_cross,
 )
+from relion_cryofilter.nn.shrinking import fourier_crop_operator
 
 RECIPES = [BlurResize(), BlurResize(dim=32, roberts=True), FourierCrop(), FourierCrop(28, 3.0)]
 
@@ -185,6 +185,12 @@ def test_a_crop_is_two_matrix_products(ny, nx) -> None:
     torch.testing.assert_close(
         FourierCrop(dim=16, clip_sigma=99)(images)[:, 0].double(), expected, atol=1e-5, rtol=0
     )
+
+
+def test_boxes_need_not_lie_side_by_side() -> None:
+    recipe, images = FourierCrop(dim=16), torch.randn(64, 64, 64)
+    turned = images.transpose(1, 2)
+    assert torch.equal(recipe(turned), recipe(turned.contiguous()))
 
 
 def test_the_kept_operators_serve_training_after_inference() -> None:

@@ -23,12 +23,8 @@ from relion_cryofilter.errors import ModelError
 from relion_cryofilter.files import replacing
 from relion_cryofilter.nn.network import Network
 from relion_cryofilter.nn.networks import build_network
-from relion_cryofilter.nn.preprocess import (
-    Preprocess,
-    d4_views,
-    filled_up,
-    preprocess_from_dict,
-)
+from relion_cryofilter.nn.preprocess import Preprocess, d4_views, preprocess_from_dict
+from relion_cryofilter.nn.shrinking import filled_up
 
 FORMAT_VERSION = 1
 METADATA_KEY = "relion_cryofilter"
