@@ -16,9 +16,9 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -44,6 +44,7 @@ from relion_cryofilter.data.frames import (
 from relion_cryofilter.data.labelled import LabelledSet
 from relion_cryofilter.data.particles import ParticleSet, read_particles
 from relion_cryofilter.data.star_labels import SCORE_LABEL
+from relion_cryofilter.errors import UsageError
 from relion_cryofilter.files import read_csv
 from relion_cryofilter.nn.checkpoint import Model, load_model
 from relion_cryofilter.nn.scoring import Scores
@@ -52,6 +53,7 @@ from relion_cryofilter.progress import Listener, Progress, listening
 from relion_cryofilter.relion.labels import labelled_particles
 from relion_cryofilter.result_files import HISTORY, METRICS, PREDICTIONS
 from relion_cryofilter.results.metrics import Evaluation
+from relion_cryofilter.wording import suggestion
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,6 +63,9 @@ Particles: TypeAlias = str | Path | Table | ParticleSet
 
 Models: TypeAlias = str | Path | Model | Sequence[str | Path | Model] | None
 """A model or its file, several (their scores are averaged), or None for the bundled one."""
+
+
+ChosenT = TypeVar("ChosenT", ModelOptions, TrainOptions)
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class ParticleScores:
     threshold: float
     reason: str
     bad: np.ndarray
-    _table: Any
+    _table: Any = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -112,9 +117,9 @@ class Training:
     """
 
     models: tuple[Model, ...]
-    figures: Mapping[str, Any]
-    _history: list[dict[str, str]]
-    _predictions: list[dict[str, str]]
+    figures: Mapping[str, Any] = field(repr=False)
+    _history: list[dict[str, str]] = field(repr=False)
+    _predictions: list[dict[str, str]] = field(repr=False)
 
     def history(self) -> pd.DataFrame:
         """Return loss, accuracy and AUC of each epoch (of the first model)."""
@@ -155,7 +160,7 @@ def score_images(
     CryoFilterError
         Something is wrong with the particles, the images, a model or an option.
     """
-    chosen = ModelOptions(**_of_values(options))
+    chosen = _chosen(ModelOptions, options)
     found, models = _read(particles, folder), _models(model, chosen)
     check_request(chosen.threshold, models)
     check_contrast(found, models, chosen)
@@ -193,7 +198,7 @@ def train_model(
     CryoFilterError
         Something is wrong with the particles, the images or an option.
     """
-    chosen = TrainOptions(**_of_values(options, but=("o",)))
+    chosen = _chosen(TrainOptions, options, but=("o",))
     labelled = _labelled(good, bad, folder)
     with ExitStack() as stack:
         place = chosen.o or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -243,7 +248,7 @@ def evaluate_model(
     CryoFilterError
         As `score_images`, or only particles of one kind can be used.
     """
-    chosen = ModelOptions(**_of_values(options))
+    chosen = _chosen(ModelOptions, options)
     labelled, models = _labelled(good, bad, folder), _models(model, chosen)
     check_request(chosen.threshold, models)
     check_contrast(labelled.good(), models, chosen)
@@ -251,12 +256,16 @@ def evaluate_model(
     return measure(labelled, scores, models, chosen.threshold, seed).evaluation
 
 
-def _of_values(options: dict[str, Any], but: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the options, none of which is of the jobs only."""
+def _chosen(kind: type[ChosenT], options: dict[str, Any], but: Sequence[str] = ()) -> ChosenT:
+    """Return the options, none of which is unknown or of the jobs only."""
     of_jobs = {"in_parts", "o", "weights", "out_dir", *(item.name for item in fields(LabelOptions))}
     for name in sorted(of_jobs.difference(but).intersection(options)):
         raise TypeError(f"{name} is an option of the jobs; here, arguments say what is read.")
-    return options
+    known = [item.name for item in fields(kind) if item.name not in of_jobs.difference(but)]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"There is no option {name}. {suggestion(name, known)}")
+    return kind(**options)
 
 
 def _read(particles: Particles, folder: str | Path) -> ParticleSet:

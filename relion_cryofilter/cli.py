@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import io
 import logging
 import re
@@ -16,6 +15,7 @@ from relion_cryofilter.errors import UsageError
 from relion_cryofilter.option_kinds import read_words
 from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, Options
 from relion_cryofilter.processes import process_number
+from relion_cryofilter.wording import suggestion
 
 PROGRAM = "relion_cryofilter"
 ABOUT = "Score cryo-EM particle images and sort good particles from junk."
@@ -128,7 +128,7 @@ def _plain(word: str) -> str:
 
 def _parse_mode(mode: str, words: list[str]) -> Request:
     if mode not in MODES:
-        raise UsageError(f"There is no mode {mode!r}. {_suggest(mode, [*MODES, *_ALSO], '')}")
+        raise UsageError(f"There is no mode {mode!r}. {suggestion(mode, [*MODES, *_ALSO], '')}")
     parser, kind = _parser_of(mode), MODES[mode]
     namespace, unknown = parser.parse_known_args(words)
     _refuse_unknown(mode, unknown)
@@ -184,14 +184,7 @@ def _refuse_unknown(mode: str, unknown: list[str]) -> None:
     owners = [other for other, kind in MODES.items() if name in {f.name for f in fields(kind)}]
     if owners:
         raise UsageError(f"--{name} is an option of {' and '.join(owners)}, not of {mode}.")
-    raise UsageError(f"There is no option --{name} in {mode}. {_suggest(name, known, '--')}")
-
-
-def _suggest(word: str, known: Sequence[str], dashes: str) -> str:
-    nearest = difflib.get_close_matches(word, known, 1, 0.5)
-    if nearest:
-        return f"Did you mean {dashes}{nearest[0]}?"
-    return f"There are {', '.join(dashes + name for name in known)}."
+    raise UsageError(f"There is no option --{name} in {mode}. {suggestion(name, known, '--')}")
 
 
 def usage() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -130,11 +131,15 @@ def test_images_of_pure_noise_teach_to_reject_it(tmp_path):
     assert accepted[0.2] < 0.05 < accepted[0.0]
 
 
-def test_weights_before_training_are_kept_if_no_epoch_is_better(tmp_path):
+def test_weights_before_training_are_kept_if_no_epoch_is_better(tmp_path, caplog):
     trainer = noisy_trainer(tmp_path, Settings(epochs=8, learning_rate=3e-3))
     trainer.run(Progress(1, "steps"))
     start = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
     again = noisy_trainer(tmp_path, Settings(epochs=2, learning_rate=10.0, fine_tuning=True), start)
+    caplog.set_level(logging.INFO)
+    caplog.clear()
     again.run(Progress(1, "steps"))
     assert again.best_number == 0
+    assert "Epoch   2" in caplog.text
+    assert "(best)" not in caplog.text
     assert torch.equal(again.network.towers[0][0].weight, start["towers.0.0.weight"])

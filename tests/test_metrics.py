@@ -279,3 +279,13 @@ def test_what_can_not_be_measured_is_refused(function):
 def test_groups_of_another_length_are_refused():
     with pytest.raises(ValueError, match="2 labels, but 3 groups"):
         evaluate([True, False], [0.5, 0.6], [0, 1, 1], 0.5)
+
+
+@pytest.mark.parametrize(("n_groups", "warned"), [(2, True), (40, False)])
+def test_the_headline_warns_of_few_micrographs(n_groups, warned):
+    rng = np.random.default_rng(0)
+    labels = rng.random(400) < 0.5
+    scores = np.clip(0.3 * labels + 0.7 * rng.random(400), 0, 1)
+    headline = evaluate(labels, scores, np.arange(400) % n_groups, 0.5).headline()
+    assert headline.startswith("AUC 0.")
+    assert ("From 2 micrographs only" in headline) is warned

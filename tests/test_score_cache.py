@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -34,8 +35,10 @@ def score(*words):
 
 def scored_now(capsys):
     """Return how many particles the last run scored by itself."""
-    line = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("Scored"))
-    return int(line.split()[1].replace(",", ""))
+    last = capsys.readouterr().out.splitlines()[-1]
+    scored = re.match(r"Scored ([\d,]+) particle", last)
+    assert scored or "were known: " in last
+    return int(scored[1].replace(",", "")) if scored else 0
 
 
 def outputs():

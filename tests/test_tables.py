@@ -127,10 +127,18 @@ def test_a_table_that_can_not_be_read_is_refused_in_one_sentence(project, table,
         score_images(table, MODEL)
 
 
+def test_a_mistyped_option_is_named_with_what_it_may_mean(project):
+    with pytest.raises(UsageError, match=r"no option treshold\. Did you mean threshold\?"):
+        score_images(STAR, MODEL, treshold=0.5)
+    with pytest.raises(UsageError, match=r"no option max\. Did you mean max_memory\?"):
+        train_model(STAR, STAR, max=3)
+    assert len(repr(score_images(STAR, MODEL, **PLAIN))) < 2000
+
+
 def test_an_option_that_makes_no_sense_is_refused(project):
     with pytest.raises(UsageError, match="above 0 and at most 1"):
         score_images(STAR, MODEL, threshold="recall=2")
-    with pytest.raises(TypeError, match="epochs"):
+    with pytest.raises(UsageError, match="no option epochs"):
         score_images(STAR, MODEL, epochs=2)
     with pytest.raises(TypeError, match="weights is an option of the jobs"):
         score_images(STAR, weights=MODEL)

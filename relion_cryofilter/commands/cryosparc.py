@@ -129,8 +129,8 @@ def _source(options: CryosparcOptions) -> tuple[str, str]:
     found = re.fullmatch(r"(J\d+)[:.]([A-Za-z]\w*)", options.particles or "")
     if not found:
         raise UsageError(
-            f"--particles is {options.particles!r}; expected a job and its output, such as "
-            "J42:particles or J43:particles_selected."
+            f"--particles is {options.particles or 'missing'}; expected a job and its output, "
+            "such as J42:particles or J43:particles_selected."
         )
     return found[1], found[2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import logging
 import os
 import subprocess
@@ -20,7 +21,7 @@ from relion_cryofilter.data.simulate import PARTICLE, simulate_project
 from relion_cryofilter.data.star_writing import write_subsets
 from relion_cryofilter.errors import CryoFilterError, UsageError
 from relion_cryofilter.options import DemoOptions
-from relion_cryofilter.result_files import ACCEPTED
+from relion_cryofilter.result_files import ACCEPTED, LOGFILE, METRICS, MODEL
 
 SCORE, TRAIN, SCORE_AGAIN = "External/job002/", "External/job003/", "External/job004/"
 PARTICLES = "Extract/job001/particles.star"
@@ -53,8 +54,13 @@ def demo(
     _write_labels(project, particles, kinds, labelled)
     words = ["train", "--o", TRAIN, "--pos", GOOD, "--neg", BAD, *threads]
     _run_job([*words, "--quiet"], project)
+    auc = json.loads((project / TRAIN / METRICS).read_text())["auc"]
+    log.info(
+        "On its test part: AUC %.3f [%.3f, %.3f]; %s has the rest.",
+        auc["value"], auc["low"], auc["high"], project / TRAIN / LOGFILE,
+    )  # fmt: skip
     log.info("\n3. Score with the trained model.")
-    model = f"{TRAIN}model.safetensors"
+    model = f"{TRAIN}{MODEL}"
     _run_job(
         ["score", "--o", SCORE_AGAIN, "--in_parts", PARTICLES, "--weights", model, *threads],
         project,
@@ -74,13 +80,14 @@ def _make_project(project: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{project.name}.", dir=project.parent) as folder:
         made = Path(folder) / "project"
         simulate_project(
-            made, n_micrographs=MICROGRAPHS, particles_per_micrograph=100, snr=0.1, seed=SEED
-        )
+            made, n_micrographs=MICROGRAPHS, particles_per_micrograph=100, snr=0.1, seed=SEED,
+            next_job=5,
+        )  # fmt: skip
         made.replace(project)
 
 
 def _run_job(words: list[str], project: Path) -> None:
-    log.info("In %s, as RELION would start it: external_job.py %s\n", project, " ".join(words))
+    log.info("In %s: relion_cryofilter %s\n", project, " ".join(words))
     package_home = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, [package_home, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -128,7 +135,7 @@ def _compare(
         log.info("  %-11s %7d %9d %9d", kind, count, kept[0][kind], kept[1][kind])
     log.info(
         "\nLook at %s: particles_accepted.star and particles_rejected.star are ready for the next\n"
-        "job, particles.star holds every particle with its score, rlnParticleFigureOfMerit. %s\n"
-        "holds the model and what it is worth.",
+        "job, particles.star holds every particle with its score, rlnParticleFigureOfMerit, and\n"
+        "report.html shows them in a browser. %s holds the model and its own report.",
         project / SCORE_AGAIN, project / TRAIN,
     )  # fmt: skip

@@ -29,7 +29,7 @@ log = logging.getLogger("relion_cryofilter")
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """A measurement on labelled particles, without those whose images are bad.
 
     Attributes
@@ -57,7 +57,7 @@ def measure(
     models: Sequence[Model],
     request: ThresholdRequest | None,
     seed: int,
-) -> Measured:
+) -> Measurement:
     """Hold scores against labels.
 
     Raises
@@ -74,7 +74,7 @@ def measure(
     threshold, reason = resolve_threshold(request, models, values)
     clusters, unit = clusters_of(labelled.particles)
     evaluation = evaluate(labelled.labels, values, clusters, threshold, seed=seed)
-    return Measured(labelled, values, reason, unit, evaluation)
+    return Measurement(labelled, values, reason, unit, evaluation)
 
 
 def write_evaluation(

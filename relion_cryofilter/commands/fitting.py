@@ -113,10 +113,19 @@ def fit(
     )
     if not ranks.first:
         return _calibrated(trainer, start, loaded, labelled, options)
-    save_history(history_path.with_suffix(".png"), [asdict(epoch) for epoch in history])
+    kept = trainer.best_number
+    save_history(history_path.with_suffix(".png"), [asdict(epoch) for epoch in history], kept)
+    if not kept:
+        log.warning(
+            "No epoch did better on the validation part than %s did before (AUC %.4f), so its "
+            "weights are kept; only the calibration and the threshold are new.",
+            start.origin, trainer.start_auc,
+        )  # fmt: skip
     model = _calibrated(trainer, start, loaded, labelled, options)
     target = (options.weight_dir or folder) / model_name(number)
     target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_file():
+        log.info("Replacing %s by the new model.", target)
     model.save(target)
     log.info("Wrote %s (hash %s).", target, model.hash)
     return model
@@ -195,16 +204,18 @@ def _calibrated(
         trained = predict(network, loaded.images, known).numpy().astype(np.float64)
         more = calibrated(trained, temperature)
     curve = OperatingCurve.from_scores(labels, scores, split.clusters[rows], more)
-    if more.size and options.threshold.kind == "recall":
+    both = more.size > 0 and options.threshold.kind == "recall"
+    if both:
         threshold = curve.threshold(options.threshold)
     else:
         threshold = choose_threshold(options.threshold, scores, labels)
     evaluation = evaluate(labels, scores, split.clusters[rows], threshold, seed=options.seed)
     log.info(
-        "Best epoch %d. Temperature %.2f. Threshold %g for %s; on the validation part recall %s, "
+        "%s Temperature %.2f. Threshold %g for %s%s; on the validation part alone recall %s, "
         "precision %s, %d of %d accepted.",
-        best, temperature, threshold, options.threshold, evaluation.sensitivity,
-        evaluation.precision, (scores >= threshold).sum(), len(scores),
+        f"Best epoch {best}." if best else "The weights of the start.", temperature, threshold,
+        options.threshold, " of the good training and validation particles" if both else "",
+        evaluation.sensitivity, evaluation.precision, (scores >= threshold).sum(), len(scores),
     )  # fmt: skip
     bad_accepted = 1 - evaluation.specificity.value
     if bad_accepted > HARDLY_FILTERS:

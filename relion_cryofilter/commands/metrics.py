@@ -60,7 +60,7 @@ def metrics(
         split = split_by_micrograph(
             labelled.particles, labelled.labels, options.split, options.seed
         )
-        part = f"test part of a split by {split.unit}, --split {options.split:g}"
+        part = f"the test part of a split by {split.unit}, --split {options.split:g}"
         part += f" --seed {options.seed}"
         labelled = labelled.take(split.test)
     if options.split is not None and split.unit != split.cluster_unit:

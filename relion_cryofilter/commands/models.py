@@ -20,7 +20,7 @@ from relion_cryofilter.results.operating_curve import OperatingCurve
 from relion_cryofilter.results.thresholds import ThresholdRequest, choose_threshold
 
 BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "default.safetensors"
-CURVE, ESTIMATE = "operating_curve", "threshold_estimate"
+CURVE, ESTIMATE, SIMULATED = "operating_curve", "threshold_estimate", "made_by"
 PIXEL_SIZE_TOLERANCE = 0.1
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -132,7 +132,8 @@ def resolve_threshold(
                 f"for {request}, roughly: the mean of the thresholds of {len(curves)} models; "
                 "metrics on labelled particles tells what it gives"
             )
-        return threshold, f"for {request}; {curves[0].describe(threshold)}"
+        simulated = ", of simulated particles" if SIMULATED in models[0].provenance else ""
+        return threshold, f"for {request}; {curves[0].describe(threshold)}{simulated}"
     return choose_threshold(
         request, scores
     ), "as asked" if request.kind == "score" else f"for {request}"

@@ -102,8 +102,9 @@ class Tested:
         The models and the part of the data, in words.
     sources
         Where the labels are from.
-    self_tests, history
-        Of a training: the tests, and the file of its epochs.
+    self_tests, history, kept_epoch
+        Of a training: the tests, the file of its epochs, and that whose weights are kept, 0 for
+        those before any training.
     scores
         Of `metrics`, with a sample of features by the rows of the set before bad images were
         left out.
@@ -120,6 +121,7 @@ class Tested:
     sources: Sequence[str] = ()
     self_tests: Sequence[SelfTest] = ()
     history: Path | None = None
+    kept_epoch: int = 0
     scores: Scores | None = field(default=None, repr=False)
 
 
@@ -243,7 +245,11 @@ def _test_report(tested: Tested) -> Report:
         micrographs=micrograph_table(particles, accepted),
         features=features,
         measured=Measured(
-            evaluation, curves(labels, values), tested.self_tests, _history(tested.history)
+            evaluation,
+            curves(labels, values),
+            tested.self_tests,
+            _history(tested.history),
+            tested.kept_epoch,
         ),
         sources=tested.sources,
     )

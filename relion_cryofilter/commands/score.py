@@ -131,12 +131,14 @@ def _close(places: _Places, files: dict[str, str], scores: Scores, judged: Judge
     files |= {f"{score_cache.NAME}{score_cache.SUFFIX}": "scores for Continue; may be deleted"}
     files |= {BAD_IMAGES: counted(len(scores.bad), "image"), LOGFILE: "for RELION's Display menu"}
     files |= {REPORT: "the same for a browser, with a threshold slider"}
-    known = f", {scores.n_known:,} were known" if scores.n_known else ""
+    rate = f"{new / max(scores.seconds, 1e-9):,.0f}/s"
+    known = f"{scores.n_known:,} were known" if scores.n_known else ""
+    scored = f"Scored {counted(new, 'particle')} in {duration(scores.seconds)} ({rate})"
+    done = ", ".join(filter(None, [scored if new else "", known]))
     log_files(
         places.extras, files,
         f"Threshold {judged.threshold:g} ({judged.reason}).\n"
-        f"Scored {new:,} particles in {duration(scores.seconds)} "
-        f"({new / max(scores.seconds, 1e-9):,.0f}/s){known}: {describe_counts(judged.accepted)}.",
+        f"{done}: {describe_counts(judged.accepted)}.",
     )  # fmt: skip
 
 

@@ -54,6 +54,7 @@ def select(
         curve = _stored_curve(options.weights)
         threshold = curve.threshold(request)
         reason += f"; {curve.describe(threshold)}"
+        log.info("Taking it that the scores were made by %s: they don't tell.", options.weights)
     else:
         threshold = choose_threshold(request, scores)
     log.info(

@@ -238,7 +238,7 @@ def _measure(
         test.labels, scores, split.clusters[split.test], threshold, seed=options.seed
     )
     tests = run_self_tests(models, threshold, loaded, labelled, split, options.seed)
-    part = f"test part of a split by {split.unit}, --split {options.split:g}"
+    part = f"the test part of a split by {split.unit}, --split {options.split:g}"
     part += f" --seed {options.seed}"
     about = {
         "data": labelled.particles.source,
@@ -260,4 +260,5 @@ def _measure(
         reason=f"for {options.threshold}, from the validation part",
         sources=[*labelled.notes, _describe_parts(labelled.labels, split)], self_tests=tests,
         history=(options.history_dir or folder) / HISTORY,
+        kept_epoch=models[0].provenance["best_epoch"],
     )  # fmt: skip

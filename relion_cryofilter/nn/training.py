@@ -172,7 +172,7 @@ class Trainer:
             self._epoch(len(self.history) + 1, progress)
             self._save()
             after_epoch(self.history)
-            log.info(_line(self.history[-1], self.best))
+            log.info(_line(self.history[-1], self.best_number))
         self.network.load_state_dict(self.best_state)
         self.network.to(CPU)
         with torch.no_grad():
@@ -318,8 +318,8 @@ def _rate(settings: Settings, number: int) -> float:
     return settings.learning_rate * share
 
 
-def _line(epoch: Epoch, best: Epoch) -> str:
-    mark = "  (best)" if best.epoch == epoch.epoch else ""
+def _line(epoch: Epoch, best_number: int) -> str:
+    mark = "  (best)" if best_number == epoch.epoch else ""
     return (
         f"Epoch {epoch.epoch:3d}: training loss {epoch.train_loss:.4f}, accuracy "
         f"{epoch.train_acc:.3f}; validation loss {epoch.val_loss:.4f}, AUC {epoch.val_auc:.4f}; "

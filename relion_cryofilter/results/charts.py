@@ -80,11 +80,14 @@ def _measurement_charts(report: Report) -> Iterator[Chart]:
     yield Chart(group, "Confusion matrix", "Numbers, and shares of each label.",
                 partial(figures.draw_confusion_matrix, evaluation=evaluation))  # fmt: skip
     if measured.history:
-        note = "The dashed line is the epoch whose weights are kept."
+        kept = measured.kept_epoch
+        note = "No epoch did better on the validation part: the weights of the start are kept."
+        if kept:
+            note = "The dashed line is the epoch whose weights are kept."
         yield Chart("Training", "Loss", note,
-                    partial(figures.draw_losses, history=measured.history))  # fmt: skip
+                    partial(figures.draw_losses, history=measured.history, kept=kept))  # fmt: skip
         yield Chart("Training", "Accuracy and AUC", note,
-                    partial(figures.draw_rates, history=measured.history))  # fmt: skip
+                    partial(figures.draw_rates, history=measured.history, kept=kept))  # fmt: skip
 
 
 def _set_charts(report: Report) -> Iterator[Chart]:

@@ -158,8 +158,8 @@ def save_score_histogram(
     _save(figure, path)
 
 
-def save_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Draw losses, accuracies and AUC of a training run, epoch by epoch, the best one marked.
+def save_history(path: Path, history: Sequence[Mapping[str, float]], kept: int) -> None:
+    """Draw losses, accuracies and AUC of a training run, epoch by epoch, the kept one marked.
 
     Parameters
     ----------
@@ -168,45 +168,50 @@ def save_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     history
         One row an epoch, at least one: ``epoch``, ``train_loss``, ``train_acc``, ``val_loss``,
         ``val_acc``, ``val_auc`` and others.
+    kept
+        The epoch whose weights are kept; 0 for those before any training.
     """
     figure = _blank_figure()
     losses, rates = figure.subplots(2, 1, sharex=True)
-    draw_losses(losses, history)
+    draw_losses(losses, history, kept)
     losses.set(xlabel="")
-    draw_rates(rates, history)
+    draw_rates(rates, history, kept)
     rates.set(title="")
     _save(figure, path)
 
 
-def draw_losses(axes: Axes, history: Sequence[Mapping[str, float]]) -> None:
+def draw_losses(axes: Axes, history: Sequence[Mapping[str, float]], kept: int) -> None:
     """Draw the losses of a training run, epoch by epoch."""
     lines = (("train_loss", "training", ORANGE), ("val_loss", "validation", BLUE))
-    _draw_epochs(axes, history, lines, "Loss")
+    _draw_epochs(axes, history, kept, lines, "Loss")
 
 
-def draw_rates(axes: Axes, history: Sequence[Mapping[str, float]]) -> None:
+def draw_rates(axes: Axes, history: Sequence[Mapping[str, float]], kept: int) -> None:
     """Draw the accuracies and the AUC of a training run, epoch by epoch."""
     lines = (
         ("train_acc", "training accuracy", ORANGE),
         ("val_acc", "validation accuracy", BLUE),
         ("val_auc", "validation AUC", GREEN),
     )
-    _draw_epochs(axes, history, lines, "Accuracy, AUC")
+    _draw_epochs(axes, history, kept, lines, "Accuracy, AUC")
 
 
 def _draw_epochs(
     axes: Axes,
     history: Sequence[Mapping[str, float]],
+    kept: int,
     lines: Sequence[tuple[str, str, str]],
     ylabel: str,
 ) -> None:
-    epochs, best = _column(history, "epoch"), _best_row(history)
+    epochs = _column(history, "epoch")
     marker = "o" if len(epochs) == 1 else ""
     for name, label, colour in lines:
         axes.plot(epochs, _column(history, name), color=colour, label=label, marker=marker)
-    axes.axvline(epochs[best], color=GREY, linestyle="--")
-    auc = _column(history, "val_auc")[best]
-    title = f"Best epoch {epochs[best]:.0f}: validation AUC {auc:.3f}"
+    title = "No epoch did better than the start"
+    if kept:
+        axes.axvline(kept, color=GREY, linestyle="--")
+        auc = _column(history, "val_auc")[epochs == kept]
+        title = f"Best epoch {kept}: validation AUC {auc.item():.3f}"
     axes.set(xlabel="Epoch", ylabel=ylabel, title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.legend(loc="best", fontsize="small")
@@ -214,14 +219,6 @@ def _draw_epochs(
 
 def _column(history: Sequence[Mapping[str, float]], name: str) -> NDArray[np.float64]:
     return np.array([float(row[name]) for row in history])
-
-
-def _best_row(history: Sequence[Mapping[str, float]]) -> int:
-    """Return the row of the highest validation AUC, of the lowest loss if none is known."""
-    auc = _column(history, "val_auc")
-    if np.isfinite(auc).any():
-        return int(np.nanargmax(auc))
-    return int(np.argmin(_column(history, "val_loss")))
 
 
 def _draw_class(

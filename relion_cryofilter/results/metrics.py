@@ -119,9 +119,12 @@ class Evaluation:
 
     def headline(self) -> str:
         """Return the main figures in one line."""
+        few = ""
+        if self.n_groups < FEW_GROUPS:
+            few = f" From {counted(self.n_groups, 'micrograph')} only: intervals may be too narrow."
         return (
             f"AUC {self.auc}; at threshold {self.threshold:g} recall {self.sensitivity}, "
-            f"precision {self.precision}."
+            f"precision {self.precision}.{few}"
         )
 
     def _on_intervals(self) -> str:

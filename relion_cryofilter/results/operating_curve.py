@@ -125,10 +125,10 @@ class OperatingCurve:
         return float(ratio(true, true + false)[0])
 
     def describe(self, threshold: float) -> str:
-        """Return what a threshold gave on the validation particles, for the log."""
+        """Return what the curve says of a threshold, for the log."""
         recall = share_interval(self.recall_at(threshold), self.n_positive)
         return (
-            f"on the model's validation particles recall {recall}, precision "
+            f"by the curve in the model file recall {recall}, precision "
             f"{self.precision_at(threshold):.3f}"
         )
 

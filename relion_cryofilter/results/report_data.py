@@ -185,6 +185,7 @@ class Measured:
     curves: Curves
     self_tests: Sequence[SelfTest] = ()
     history: Sequence[Mapping[str, float]] = ()
+    kept_epoch: int = 0
 
 
 @dataclass(frozen=True, eq=False)

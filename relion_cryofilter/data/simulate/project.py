@@ -45,6 +45,7 @@ def simulate_project(
     junk_fraction: float = 0.5,
     seed: int = 0,
     relion_version: str = "3.1",
+    next_job: int = 2,
 ) -> Path:
     """Write a RELION project with one finished Extract job, of images of one molecule.
 
@@ -57,6 +58,7 @@ def simulate_project(
     snr : as in simulate_micrograph
     junk_fraction : part of each micrograph's images that is junk, 0 to 1
     relion_version : "3.1" or "5"
+    next_job : number of the job that RELION will make next
 
     Returns
     -------
@@ -91,7 +93,7 @@ def simulate_project(
     write_text(folder / "truth.csv", "\n".join(truth) + "\n")
     write_text(folder / job / "particles.star", star)
     write_text(folder / job / "RELION_JOB_EXIT_SUCCESS", "")
-    write_text(folder / "default_pipeline.star", _pipeline_star(relion_version, job))
+    write_text(folder / "default_pipeline.star", _pipeline_star(relion_version, job, next_job))
     return folder / job / "particles.star"
 
 
@@ -130,9 +132,9 @@ def _particle_rows(
     ]
 
 
-def _pipeline_star(version: str, job: str) -> str:
+def _pipeline_star(version: str, job: str, next_job: int) -> str:
     """default_pipeline.star with one finished Extract job (src/pipeliner.cpp, PipeLine::write)."""
-    counter = f"_rlnPipeLineJobCounter {2:23d}"
+    counter = f"_rlnPipeLineJobCounter {next_job:23d}"
     text = f"\n# version {VERSIONS[version]}\n\ndata_pipeline_general\n\n{counter}\n \n"
     star = f"{job}/particles.star"
     processes, nodes = "PipeLineProcessName PipeLineProcessAlias ", "PipeLineNodeName "
