@@ -22,6 +22,7 @@ from relion_cryofilter.data.star_writing import write_subsets
 from relion_cryofilter.errors import CryoFilterError, UsageError
 from relion_cryofilter.options import DemoOptions
 from relion_cryofilter.result_files import ACCEPTED, LOGFILE, METRICS, MODEL
+from relion_cryofilter.wording import counted
 
 SCORE, TRAIN, SCORE_AGAIN = "External/job002/", "External/job003/", "External/job004/"
 PARTICLES = "Extract/job001/particles.star"
@@ -54,10 +55,10 @@ def demo(
     _write_labels(project, particles, kinds, labelled)
     words = ["train", "--o", TRAIN, "--pos", GOOD, "--neg", BAD, *threads]
     _run_job([*words, "--quiet"], project)
-    auc = json.loads((project / TRAIN / METRICS).read_text())["auc"]
+    found = json.loads((project / TRAIN / METRICS).read_text())
     log.info(
-        "On its test part: AUC %.3f [%.3f, %.3f]; %s has the rest.",
-        auc["value"], auc["low"], auc["high"], project / TRAIN / LOGFILE,
+        "On its test part, of %s only: AUC %.3f; %s has the rest.",
+        counted(found["n_groups"], "micrograph"), found["auc"]["value"], project / TRAIN / LOGFILE,
     )  # fmt: skip
     log.info("\n3. Score with the trained model.")
     model = f"{TRAIN}{MODEL}"

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from relion_cryofilter.files import replacing
 from relion_cryofilter.results.charts import Chart, charts_of
@@ -19,7 +20,7 @@ from relion_cryofilter.results.names import printable
 from relion_cryofilter.results.report_data import Gallery, Pictures, Report
 from relion_cryofilter.results.thumbnails import THUMBNAIL_PX, sprite
 
-PAGE_INCH = (11.69, 8.27)
+PAGE_INCH, MARGIN_INCH = (11.69, 8.27), 0.35
 PICTURES_A_ROW, ROWS_A_GALLERY = 12, 2
 CELL_PX = (THUMBNAIL_PX + 14, THUMBNAIL_PX + 4)
 FACT_WIDTH, TEXT_WIDTH = 54, 130
@@ -53,7 +54,11 @@ def write_pdf(path: Path, report: Report, pages: Sequence[ChartPage]) -> None:
     """Write the report as PDF, complete or not at all."""
     with replacing(path) as file, PdfPages(file, metadata={"Title": report.title}) as pdf:
         for figure in _pages(report, pages):
-            pdf.savefig(figure)
+            width, height = figure.get_size_inches()
+            margins = Bbox.from_extents(
+                -MARGIN_INCH, -MARGIN_INCH, width + MARGIN_INCH, height + MARGIN_INCH
+            )
+            pdf.savefig(figure, bbox_inches=margins)
             figure.set_layout_engine("none")  # for another picture of it: all has its place
 
 
