@@ -273,7 +273,7 @@ def test_score_tells_what_validation_said_of_its_threshold(select_project, capsy
     assert job.main(train_words("--epochs 1").split()) == 0
     base = f"score --o S/ --in_parts Extract/job001/particles.star --weights {JOB}model.safetensors"
     for request, said in (("", "the model's own; on its validation particles recall"),
-                          ("--threshold recall=0.5", "for recall=0.5; by the curve in the model file"),
+                          ("--threshold recall=0.5", "for recall=0.5; by the curve in"),
                           ("--threshold count=10", "for count=10")):  # fmt: skip
         assert job.main([*base.split(), *request.split()]) == 0
         text = capsys.readouterr().out
