@@ -33,6 +33,8 @@ def read_words(item: Field[Any], words: Sequence[str]) -> Any:
     kind = item.metadata["kind"]
     if not text and kind != "flag":
         return ALL_GPUS if kind == "gpu" else None
+    if kind == "path" and len(words) > 1 and all(Path(word).exists() for word in words):
+        raise UsageError(f"--{item.name} takes one path; found {len(words)}: {text}.")
     try:
         return _READERS[kind](text) if kind != "paths" else _as_paths(words)
     except ValueError:

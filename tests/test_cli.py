@@ -46,6 +46,16 @@ def test_an_empty_box_is_as_if_it_was_not_there():
     )
 
 
+def test_two_files_are_not_one_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["score", "--in_parts", "a.star", "b.star", "--o", "out/"]
+    assert cli.parse(words).options.in_parts == Path("a.star b.star")
+    for name in ("a.star", "b.star"):
+        Path(name).touch()
+    with pytest.raises(UsageError, match=r"in_parts takes one path; found 2: a.star b.star"):
+        cli.parse(words)
+
+
 def test_several_words_are_one_path_or_several_stacks():
     assert options("--o J/ --in_parts my own.star").in_parts == Path("my own.star")
     assert options("--o J/ --mrc a.mrcs b.mrcs").mrc == (Path("a.mrcs"), Path("b.mrcs"))
