@@ -26,7 +26,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from relion_cryofilter.data.labelled import Split
 from relion_cryofilter.data.simulate import simulate_varied
 from relion_cryofilter.nn.equivariant import D4
-from relion_cryofilter.nn.network import Network
+from relion_cryofilter.nn.network import Network, plane
 from relion_cryofilter.nn.preprocess import FourierCrop, d4_views
 from relion_cryofilter.nn.small_images import InMemory
 from relion_cryofilter.nn.training import Settings, Trainer, predict
@@ -78,7 +78,7 @@ class Residual(Network):
 
     def features(self, x: Tensor) -> Tensor:
         """Return (n, 2·third)."""
-        x = torch.relu(self.stem(x))
+        x = torch.relu(self.stem(plane(x, 0)))
         a, b, c, d, e = self.blocks
         x = torch.relu(x + a(x))
         x = torch.relu(b(avg_pool2d(x, 2)))

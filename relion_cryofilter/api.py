@@ -259,10 +259,11 @@ def evaluate_model(
 def _chosen(kind: type[ChosenT], options: dict[str, Any], but: Sequence[str] = ()) -> ChosenT:
     """Return the options, none of which is unknown or of the jobs only."""
     of_jobs = {"in_parts", "o", "weights", "out_dir", *(item.name for item in fields(LabelOptions))}
-    for name in sorted(of_jobs.difference(but).intersection(options)):
-        raise TypeError(f"{name} is an option of the jobs; here, arguments say what is read.")
-    known = [item.name for item in fields(kind) if item.name not in of_jobs.difference(but)]
-    for name in options:
+    of_jobs.difference_update(but)
+    known = [item.name for item in fields(kind) if item.name not in of_jobs]
+    for name in sorted(options):
+        if name in of_jobs:
+            raise TypeError(f"{name} is an option of the jobs; here, arguments say what is read.")
         if name not in known:
             raise UsageError(f"There is no option {name}. {suggestion(name, known)}")
     return kind(**options)

@@ -178,7 +178,7 @@ def test_particles_that_cannot_be_scored_fail_the_external_job(client, job, fiel
 
 def test_a_project_folder_that_is_not_mounted_here_is_said_before_a_job_is_made(client, project):
     of_project = client.return_value.find_project.return_value
-    of_project.dir = PurePosixPath("/not/mounted")
+    of_project.dir = PurePosixPath(project / "not_mounted")
     with pytest.raises(CryoSparcError, match=r"can't be seen from this machine.*--project_dir"):
         command.cryosparc(options())
     assert not of_project.create_external_job.called

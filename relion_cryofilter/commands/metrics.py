@@ -23,6 +23,7 @@ from relion_cryofilter.commands.report import (
 )
 from relion_cryofilter.data.labelled import (
     LabelledSet,
+    Split,
     clusters_of,
     seen_units,
     split_by_micrograph,
@@ -60,8 +61,7 @@ def metrics(
         split = split_by_micrograph(
             labelled.particles, labelled.labels, options.split, options.seed
         )
-        part = f"the test part of a split by {split.unit}, --split {options.split:g}"
-        part += f" --seed {options.seed}"
+        part = describe_test_part(split, options)
         labelled = labelled.take(split.test)
     if options.split is not None and split.unit != split.cluster_unit:
         log.warning("The split is by %s, so neighbours may be on two sides.", split.unit)
@@ -112,6 +112,13 @@ def _warn_of_seen(models: Sequence[Model], labelled: LabelledSet) -> None:
                 "--seed as there.",
                 model.hash, shared, len(units), clusters_of(labelled.particles)[1],
             )  # fmt: skip
+
+
+def describe_test_part(split: Split, options: MetricsOptions | TrainOptions) -> str:
+    """Return which part of a labelled set is measured, so that it can be had again."""
+    return (
+        f"the test part of a split by {split.unit}, --split {options.split:g} --seed {options.seed}"
+    )
 
 
 def labelled_set(options: MetricsOptions | TrainOptions) -> LabelledSet:

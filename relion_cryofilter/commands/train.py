@@ -15,7 +15,11 @@ from relion_cryofilter.commands.closing import log_files
 from relion_cryofilter.commands.contrast import refuse_dark
 from relion_cryofilter.commands.evaluation import write_evaluation
 from relion_cryofilter.commands.fitting import Start, fit, model_name, settings_of
-from relion_cryofilter.commands.metrics import labelled_set, results_folder
+from relion_cryofilter.commands.metrics import (
+    describe_test_part,
+    labelled_set,
+    results_folder,
+)
 from relion_cryofilter.commands.models import BUNDLED_MODEL, check_pixel_size, resolve_threshold
 from relion_cryofilter.commands.report import Tested, write_test_report
 from relion_cryofilter.commands.selftests import log_self_tests, run_self_tests
@@ -238,8 +242,7 @@ def _measure(
         test.labels, scores, split.clusters[split.test], threshold, seed=options.seed
     )
     tests = run_self_tests(models, threshold, loaded, labelled, split, options.seed)
-    part = f"the test part of a split by {split.unit}, --split {options.split:g}"
-    part += f" --seed {options.seed}"
+    part = describe_test_part(split, options)
     about = {
         "data": labelled.particles.source,
         "part": part,

@@ -13,6 +13,7 @@ from pipeliner.display_tools import create_results_display_object, mini_montage_
 from pipeliner.results_display_objects import ResultsDisplayObject
 
 from relion_cryofilter.data.star_labels import SCORE_LABEL
+from relion_cryofilter.files import read_csv
 from relion_cryofilter.result_files import (
     ACCEPTED,
     ALL,
@@ -128,8 +129,7 @@ def _figures(folder: str) -> list[ResultsDisplayObject]:
 def of_history(folder: str) -> list[ResultsDisplayObject]:
     """Return loss and AUC of each epoch as graphs."""
     path = Path(folder) / HISTORY
-    with path.open() as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    rows = [{name: float(value) for name, value in row.items()} for row in read_csv(path)]
     graphs = []
     for figure in ("loss", "auc"):
         names = [name for name in rows[0] if name.endswith(figure)]

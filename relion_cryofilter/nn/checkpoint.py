@@ -166,7 +166,7 @@ class Model:
                 rows = slice(start, min(start + step, len(small)))
                 count = rows.stop - start
                 batch = filled_up(small[rows].to(device), step)
-                logits, vectors = self.network.forward_with_features(_channels_last(batch))
+                logits, vectors = self.network.forward_with_features(batch)
                 values = self._score(logits)
                 if tta and not self.network.equivariant:
                     values = self._mean_over_views(batch, values)
@@ -176,7 +176,7 @@ class Model:
 
     def _mean_over_views(self, batch: Tensor, identity_scores: Tensor) -> Tensor:
         _, *views = d4_views(batch)
-        scores = [self._score(self.network(_channels_last(view))) for view in views]
+        scores = [self._score(self.network(view)) for view in views]
         return torch.stack([identity_scores, *scores]).mean(dim=0)
 
     def _score(self, logits: Tensor) -> Tensor:
@@ -294,7 +294,3 @@ def _package_version() -> str:
     import relion_cryofilter
 
     return str(getattr(relion_cryofilter, "__version__", "unknown"))
-
-
-def _channels_last(batch: Tensor) -> Tensor:
-    return batch.contiguous(memory_format=torch.channels_last)

@@ -52,7 +52,10 @@ class Network(nn.Module, ABC):
 
     @abstractmethod
     def features(self, x: Tensor) -> Tensor:
-        """Return the feature vectors (n, feature_count) of small images (n, c, dim, dim)."""
+        """Return the feature vectors (n, feature_count) of small images (n, c, dim, dim).
+
+        Whatever the strides of `x`: `plane` gives those that convolutions are fast with.
+        """
 
     def forward_with_features(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits (n,) and features (n, feature_count) of one pass."""

@@ -237,7 +237,7 @@ class Trainer:
         targets, weights, batch, counted = (
             part[own].to(self.device) for part in (targets, weights, batch, counted)
         )
-        logits = self.network(batch.contiguous(memory_format=torch.channels_last))
+        logits = self.network(batch)
         loss = binary_cross_entropy_with_logits(logits, targets, weights, reduction="sum") / size
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -307,8 +307,7 @@ def predict(network: Network, images: SmallImages, rows: np.ndarray) -> Tensor:
         for chunk in range(0, len(rows), CHUNK):
             small = images.get(rows[chunk : chunk + CHUNK])
             for batch in torch.split(small, 64):
-                batch = batch.to(network.device).contiguous(memory_format=torch.channels_last)
-                logits.append(network(batch).cpu())
+                logits.append(network(batch.to(network.device)).cpu())
     return torch.cat(logits)
 
 
