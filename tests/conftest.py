@@ -8,9 +8,7 @@ from pathlib import Path
 
 import making
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
+from making import ROOT, SHARED  # noqa: F401
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -36,4 +34,13 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     making.write_project(tmp_path)
     making.tiny_model().save(tmp_path / "model.safetensors")
     monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def select_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of 4 micrographs as working directory, with a Select job that kept blobs."""
+    making.write_project(tmp_path, n_micrographs=4, per_micrograph=24)
+    monkeypatch.chdir(tmp_path)
+    making.make_select_job(tmp_path)
     return tmp_path

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from making import ROOT
 
 from relion_cryofilter import cli
 from relion_cryofilter.errors import UsageError

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import SHARED
-from test_star import without_score
+from making import SHARED, without_score
 
 from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.data.star_labels import SCORE_LABEL

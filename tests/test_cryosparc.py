@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import SHARED
-from cryosparc_making import GROUP, part, particles_of, turn_over, write_cs
+from making import CSG_GROUP, SHARED, part, particles_of, turn_over, write_cs
 
 from relion_cryofilter.commands.score import score
 from relion_cryofilter.commands.select import select
@@ -178,7 +177,7 @@ def test_a_result_group_is_read_and_written_so_that_it_is_read_again(project, fi
     main_file = part(fields, "alignments2D", "blob", "ctf")
     write_cs(job / "particles_selected.cs", main_file)
     write_cs(job / "P3_J12_passthrough_particles_selected.cs", part(fields, "location"))
-    (job / "particles_selected.csg").write_text(GROUP.format(n=len(fields["uid"])))
+    (job / "particles_selected.csg").write_text(CSG_GROUP.format(n=len(fields["uid"])))
     first = scored(job / "particles_selected.csg", project / "out")
     group = yaml.safe_load((project / "out/particles_accepted.csg").read_text())
     accepted = records(project / "out/particles_accepted.cs")
@@ -268,7 +267,7 @@ def bad_input(kind, project, fields):
     (job).mkdir()
     if kind == "group without its file":
         write_cs(job / "particles_selected.cs", part(fields, "alignments2D", "blob"))
-        (job / "p.csg").write_text(GROUP.format(n=48))
+        (job / "p.csg").write_text(CSG_GROUP.format(n=48))
         return [job / "p.csg"], "P3_J12_passthrough_particles_selected.cs: can't be read"
     (job / "p.csg").write_text("results: 3\n")
     return [job / "p.csg"], "is not a CryoSPARC result group"

@@ -14,7 +14,7 @@ from unittest.mock import MagicMock, create_autospec
 
 import numpy as np
 import pytest
-from cryosparc_making import particles_of
+from making import particles_of
 
 from relion_cryofilter.commands import cryosparc as command
 from relion_cryofilter.data.cryosparc import SCORE_FIELD

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from making import ROOT
 
 from relion_cryofilter.data.particles import read_particles
 

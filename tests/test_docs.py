@@ -20,8 +20,7 @@ from pathlib import Path
 
 import making
 import pytest
-from conftest import ROOT
-from test_keras_parity import write_keras
+from making import ROOT, write_keras
 
 from relion_cryofilter import cli
 from relion_cryofilter.data.simulate import simulate_project, simulate_selection

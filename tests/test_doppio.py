@@ -13,7 +13,7 @@ from pathlib import Path
 import making
 import numpy as np
 import pytest
-from test_labels import half_star
+from making import half_star
 
 from relion_cryofilter.options import MODES, MetricsOptions, ScoreOptions, TrainOptions
 

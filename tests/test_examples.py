@@ -6,7 +6,7 @@ import subprocess
 
 import making
 import pytest
-from conftest import ROOT
+from making import ROOT
 
 from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.data.simulate import simulate_project, simulate_selection

@@ -8,7 +8,7 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
-from test_metrics import made_set
+from making import made_set
 
 from relion_cryofilter.results import figures
 from relion_cryofilter.results.metrics import curves, evaluate

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import Fixed, labelled_blobs, select_project, train_words  # noqa: F401
+from making import Fixed, labelled_blobs, train_words
 
 from relion_cryofilter.commands.models import BUNDLED_MODEL
 from relion_cryofilter.data.labelled import split_by_micrograph

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from making import blobs, write_stack
-from test_star import without_score
+from making import blobs, without_score, write_stack
 
 from relion_cryofilter.commands.score import score
 from relion_cryofilter.data.particles import read_particles

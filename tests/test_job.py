@@ -15,7 +15,7 @@ from pathlib import Path
 import making
 import numpy as np
 import pytest
-from conftest import ROOT
+from making import ROOT
 
 from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.data.star import columns

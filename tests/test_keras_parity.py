@@ -8,12 +8,12 @@ program made of them with tensorflow-cpu 2.15.1 and scikit-image 0.26.0.
 from __future__ import annotations
 
 import importlib
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from making import write_keras
 
 from relion_cryofilter.errors import CryoFilterError
 from relion_cryofilter.nn.checkpoint import load_model
@@ -74,32 +74,6 @@ def test_an_imported_model_says_what_it_is_and_survives_its_file(name, tmp_path:
     assert model.provenance["file"] == file
     assert len(model.provenance["file_sha256"]) == 64
     assert (again.hash, again.provenance) == (model.hash, model.provenance)
-
-
-def write_keras(
-    path: Path, network: Network, *, first: int = 0, whole_model: bool = False, colons: bool = True
-) -> None:
-    """Write a network as Keras would, its layers numbered from `first`, in jumbled order."""
-    convolutions = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d)]
-    end = ":0" if colons else ""
-    with h5py.File(path, "w") as file:
-        root = file.create_group("model_weights") if whole_model else file
-        for index, layer in reversed(list(enumerate(convolutions, first))):
-            name = f"conv2d_{index}" if index else "conv2d"
-            kernel = layer.weight.detach().permute(2, 3, 1, 0)
-            root[f"{name}/{name}/kernel{end}"] = kernel.numpy()
-            root[f"{name}/{name}/bias{end}"] = layer.bias.detach().numpy()
-        root[f"dense_1/dense_1/kernel{end}"] = network.head.weight.detach().t().numpy()
-        root[f"dense_1/dense_1/bias{end}"] = network.head.bias.detach().numpy()
-        root.create_group("flatten")
-        if whole_model:
-            size = network.dim
-            layer = {
-                "class_name": "InputLayer",
-                "config": {"batch_input_shape": [None, size, size, 1]},
-            }
-            file.attrs["model_config"] = json.dumps({"config": {"layers": [layer]}})
-            file["optimizer_weights/adam/conv2d/kernel/m:0"] = np.zeros(3)
 
 
 def scores_of(network: Network) -> torch.Tensor:

@@ -3,54 +3,22 @@
 from __future__ import annotations
 
 import csv
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from making import half_star, make_select_job
 
 from relion_cryofilter.data.labelled import split_by_micrograph
 from relion_cryofilter.data.particles import concatenate, read_particles
 from relion_cryofilter.errors import CryoFilterError, StarError
 from relion_cryofilter.relion.labels import read_labels
 
-CLASSES = [1, 2, 3, 3]
-"""The class of each micrograph's particles in `select_job`."""
-
 
 @pytest.fixture
 def select_job(project):
     """Add a Class2D job and a Select job that kept class 3, as RELION 3.1 and 5 write them."""
     return make_select_job(project)
-
-
-def make_select_job(project, *, relion="3.1", numbers=True):
-    lines = Path("Extract/job001/particles.star").read_text().splitlines(keepends=True)
-    rows = [line for line in lines if "@" in line]
-    head = "".join(line for line in lines if "@" not in line).rstrip() + "\n"
-    head += "_rlnClassNumber #8\n"
-    number = {row: CLASSES[int(re.search(r"mic(\d)\.mrcs", row)[1])] for row in rows}
-    scored = [f"{row.rstrip()} {number[row]:12d} \n" for row in reversed(rows)]
-    job2, job3 = project / "Class2D/job002", project / "Select/job003"
-    for folder in (job2, job3):
-        folder.mkdir(parents=True)
-    (job2 / "run_it012_data.star").write_text(head + "".join(scored) + "\n")
-    kept = [row for row in scored if row.split()[-1] == "3"]
-    (job3 / "particles.star").write_text(head + "".join(kept) + "\n")
-    reference = "data_\n\nloop_\n_rlnReferenceImage #1\n"
-    reference += "_rlnClassNumber #2\n" if numbers else ""
-    name = "000003@Class2D/job002/run_it012_classes.mrcs"
-    (job3 / "class_averages.star").write_text(f"{reference}{name}{' 3' if numbers else ''}\n")
-    model = "run_it012_model.star" if relion == "3.1" else "run_it012_optimiser.star"
-    (job2 / "run_it012_optimiser.star").write_text(
-        "data_optimiser_general\n\n"
-        "_rlnExperimentalDataStarFile Class2D/job002/run_it012_data.star\n"
-    )
-    (job3 / "job.star").write_text(
-        "data_job\n\n_rlnJobType 7\n\ndata_joboptions_values\n\nloop_\n_rlnJobOptionVariable #1\n"
-        f'_rlnJobOptionValue #2\nfn_data ""\nfn_model Class2D/job002/{model}\n'
-    )
-    return job3
 
 
 @pytest.mark.parametrize("relion", ["3.1", "5"])
@@ -182,13 +150,6 @@ def test_rows_that_contradict_each_other_are_left_out(select_job):
     labelled = read_labels(DATA, pos_classes=[3])
     assert len(labelled) == 47
     assert any("1 particles are named as good and as bad" in note for note in labelled.notes)
-
-
-def half_star(project, name, keep):
-    text = Path("Extract/job001/particles.star").read_text().splitlines(keepends=True)
-    chosen = [line for line in text if "@" not in line or keep(line)]
-    (project / name).write_text("".join(chosen))
-    return project / name
 
 
 def test_files_of_both_kinds_mix_star_and_stacks_and_count_doubles(project):

@@ -10,6 +10,7 @@ import pytest
 import sklearn.metrics as sk
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import made_set
 from sklearn.calibration import calibration_curve
 
 from relion_cryofilter.errors import CryoFilterError
@@ -18,16 +19,6 @@ from relion_cryofilter.results.bootstrap import Interval
 from relion_cryofilter.results.metrics import METRICS, curves, evaluate
 
 THRESHOLD = 0.4
-
-
-def made_set(n=600, n_groups=12, seed=0, spread=0.8):
-    """Labels, scores and micrographs; each micrograph shifts the logits and the share of good."""
-    rng = np.random.default_rng(seed)
-    groups = rng.integers(n_groups, size=n)
-    shift, share = spread * rng.normal(size=n_groups), rng.beta(2, 2, size=n_groups)
-    labels = rng.random(n) < share[groups]
-    logits = np.where(labels, 0.8, -0.8) + rng.normal(size=n) + shift[groups]
-    return labels, 1 / (1 + np.exp(-logits)), groups
 
 
 def by_scikit_learn(labels, scores, weights=None):

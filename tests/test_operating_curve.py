@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from scored import fractions, has_six_decimals, scored_sets, unhurried
+from making import fractions, has_six_decimals, scored_sets, unhurried
 
 from relion_cryofilter.errors import CryoFilterError, ModelError
 from relion_cryofilter.results.operating_curve import MAX_QUANTILES, OperatingCurve, share_interval

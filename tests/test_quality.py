@@ -8,7 +8,7 @@ import sys
 import mrcfile
 import numpy as np
 import pytest
-from conftest import ROOT
+from making import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks/quality"))
 

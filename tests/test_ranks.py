@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making import tiny_model, write_project
-from test_labels import make_select_job
+from making import make_select_job, tiny_model, write_project
 
 from relion_cryofilter.nn.checkpoint import load_model
 from relion_cryofilter.nn.ranks import Ranks, _first_node

@@ -13,18 +13,16 @@ from pathlib import Path
 import making
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from making import JOB, ROOT, any_score, data_of, rows_of, score_project, unhurried
 from matplotlib.figure import Figure
 from scipy.stats import binomtest
-from scored import any_score, unhurried
 from sklearn.decomposition import PCA
 
 from relion_cryofilter.commands import report as reporting
 from relion_cryofilter.commands.report_facts import options_text, select_command
 from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.star import columns
 from relion_cryofilter.data.star_numbers import read_numbers
 from relion_cryofilter.options import ScoreOptions
 from relion_cryofilter.relion import job
@@ -40,31 +38,6 @@ from relion_cryofilter.results.report_data import (
 from relion_cryofilter.results.thumbnails import THUMBNAIL_PX, sprite, thumbnails
 from relion_cryofilter.wording import counted
 
-JOB = "External/job002/"
-LABEL = "rlnParticleFigureOfMerit"
-
-
-def score(more="", source="--in_parts Extract/job001/particles.star"):
-    words = f"score --o {JOB} {source} --weights model.safetensors --j 2 {more}"
-    assert job.main(words.split()) == 0
-
-
-def data_of(path=Path(JOB, "report.html")):
-    """Return what the page's script reads."""
-    text = path.read_text()
-    return json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
-
-
-def rows_of(name, folder=JOB):
-    path = Path(folder, name)
-    return len(read_particles(path)) if path.exists() else 0
-
-
-def scores_of(path):
-    particles = read_particles(Path(path))
-    texts = columns(particles.star, particles.loop, [LABEL])
-    return np.array([float(text) for (text,) in texts])
-
 
 def pages_of(path=Path(JOB, "logfile.pdf")):
     return len(re.findall(rb"/Type /Page\b", path.read_bytes()))
@@ -74,14 +47,14 @@ def pages_of(path=Path(JOB, "logfile.pdf")):
 def test_the_pdf_is_registered_for_relions_display_menu(project, job_star):
     Path(JOB).mkdir(parents=True)
     Path(JOB, "job.star").write_text(job_star)
-    score()
+    score_project()
     nodes = Path(JOB, "RELION_OUTPUT_NODES.star").read_text()
     assert f"{JOB}logfile.pdf 13 LogFile.pdf.relion\n" in nodes
     assert Path(JOB, "logfile.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_counts_of_the_report_and_of_runout_are_the_rows_written(project, capsys):
-    score()
+    score_project()
     said = capsys.readouterr().out
     data = data_of()
     kept, lost = (rows_of(f"particles_{side}.star") for side in ("accepted", "rejected"))
@@ -102,7 +75,7 @@ def test_counts_of_the_report_and_of_runout_are_the_rows_written(project, capsys
 
 
 def test_the_page_holds_everything_and_asks_nobody(project):
-    score()
+    score_project()
     text = Path(JOB, "report.html").read_text()
     assert "http:" not in text
     assert "https:" not in text
@@ -115,7 +88,7 @@ def test_the_page_holds_everything_and_asks_nobody(project):
 def test_odd_names_stay_names(project):
     star = Path("Extract/job001/particles.star")
     Path("<b>&$x^$.star").write_text(star.read_text().replace("Mics/mic0.mrc ", "Mics/</s$1$.mrc "))
-    score(source="--in_parts <b>&$x^$.star")
+    score_project(source="--in_parts <b>&$x^$.star")
     assert "<h1>Scores of &lt;b&gt;&amp;$x^$.star</h1>" in Path(JOB, "report.html").read_text()
     assert any(name.endswith("Mics/</s$1$.mrc") for name in data_of()["names"])
 
@@ -130,7 +103,7 @@ STAR_WITHOUT = {
 def test_what_the_table_lacks_is_left_out(project, lacking):
     star = Path("Extract/job001/particles.star")
     star.write_text(star.read_text().replace(*STAR_WITHOUT[lacking]))
-    score()
+    score_project()
     text = Path(JOB, "report.html").read_text()
     assert "Acceptance by micrograph" in text
     assert ("The input names no micrographs" in text) == (lacking == "micrograph names")
@@ -146,7 +119,7 @@ def test_what_the_table_lacks_is_left_out(project, lacking):
     ],
 )
 def test_a_cut_at_either_end_is_reported(project, more, said):
-    score(more)
+    score_project(more)
     data = data_of()
     assert data["accepted"][data["start"]] == rows_of("particles_accepted.star")
     assert said in Path(JOB, "report.html").read_text()
@@ -159,7 +132,7 @@ def test_a_particle_or_two_are_reported(project, n):
     lines = star.read_text().splitlines(keepends=True)
     rows = [line for line in lines if "@" in line]
     star.write_text("".join(line for line in lines if "@" not in line or line in rows[:n]))
-    score()
+    score_project()
     data = data_of()
     assert data["n"] == len(data["names"]) == n
     assert pages_of() >= 2
@@ -167,7 +140,7 @@ def test_a_particle_or_two_are_reported(project, n):
 
 def test_equal_scores_are_reported(project):
     making.write_stack(Path("same.mrcs"), np.repeat(making.blobs(8, 32)[7:], 5, axis=0))
-    score(source="--mrc same.mrcs", more="--any_contrast")
+    score_project(source="--mrc same.mrcs", more="--any_contrast")
     text = Path(JOB, "report.html").read_text()
     assert "All scores are equal" in text
     assert data_of()["command"] == ""
@@ -176,7 +149,7 @@ def test_equal_scores_are_reported(project):
 
 def test_plain_stacks_are_reported_and_files_without_a_folder_get_no_report(project):
     stack = "Extract/job001/Mics/mic0.mrcs"
-    score(source=f"--mrc {stack}", more="--any_contrast")
+    score_project(source=f"--mrc {stack}", more="--any_contrast")
     assert data_of()["n"] == 12
     words = f"score --mrc {stack} --out_file x/scores.csv --weights model.safetensors"
     assert job.main([*words.split(), "--any_contrast"]) == 0
@@ -187,7 +160,7 @@ def test_bad_images_are_counted_and_not_shown(project):
     stack = making.blobs(12, 32)
     stack[3] = 0
     making.write_stack(Path("Extract/job001/Mics/mic0.mrcs"), stack)
-    score("--skip_bad --threshold 0")
+    score_project("--skip_bad --threshold 0")
     data = data_of()
     assert data["accepted"][data["start"]] == rows_of("particles_accepted.star") == 47
     assert len(data["names"]) == 47
@@ -195,14 +168,14 @@ def test_bad_images_are_counted_and_not_shown(project):
 
 
 def test_a_report_that_fails_is_a_loud_warning_and_loses_nothing(project, monkeypatch, capsys):
-    score()
+    score_project()
     capsys.readouterr()
 
     def fail(*_):
         raise RuntimeError("no fonts here")
 
     monkeypatch.setattr(reporting, "_score_report", fail)
-    score()
+    score_project()
     said = capsys.readouterr().out
     assert (
         "WARNING: No report (logfile.pdf, report.html) could be made: RuntimeError: no fonts"
@@ -400,7 +373,7 @@ def test_the_report_of_a_large_set_is_quick_and_small():
 
 @pytest.mark.skipif(shutil.which("pdftoppm") is None, reason="needs pdftoppm (poppler-utils)")
 def test_the_pdf_opens_in_another_program_and_no_page_is_empty(project, tmp_path):
-    score()
+    score_project()
     done = subprocess.run(
         ["pdftoppm", "-r", "30", "-gray", f"{JOB}logfile.pdf", tmp_path / "page"],
         capture_output=True, text=True,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_report import JOB, data_of, rows_of, score, scores_of
+from making import JOB, data_of, rows_of, score_project, scores_of
 
 from relion_cryofilter.relion import job
 
@@ -84,7 +84,7 @@ class Page:
 
 @pytest.fixture
 def page(project, browser):
-    score()
+    score_project()
     return Page(browser)
 
 
@@ -145,7 +145,7 @@ def test_a_page_of_one_particle_opens(project, browser):
     lines = star.read_text().splitlines(keepends=True)
     first = next(line for line in lines if "@" in line)
     star.write_text("".join(line for line in lines if "@" not in line or line == first))
-    score()
+    score_project()
     page = Page(browser)
     assert page.number("accepted") + page.number("rejected") == 1
     assert page.errors() == []

@@ -11,7 +11,7 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import pytest
-from conftest import ROOT
+from making import ROOT
 
 from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.data.simulate import random_molecule

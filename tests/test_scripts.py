@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from making import ROOT
 
 SCRIPTS = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from making import without_score
 
 from relion_cryofilter.data import star_layout
 from relion_cryofilter.data.particles import read_particles
@@ -34,25 +34,6 @@ def scored(path: Path, text: str | bytes, values: list[float] | None = None) -> 
     scores = np.array(values if values is not None else np.linspace(0, 1, loop.n_rows))
     write_scored(star, loop, SCORE_LABEL, scores, {out: np.ones(loop.n_rows, bool)})
     return out.read_bytes()
-
-
-APPENDED = re.compile(rb"(.*[ \t]) {4}\d\.\d{6} (#.*)?(\n?)|(.*\S) \d\.\d{6}(\n?)", re.S)
-
-
-def without_score(text: bytes) -> bytes:
-    """Take the appended label and values away again, knowing nothing of our code."""
-    head, label, body = text.partition(f"_{SCORE_LABEL}".encode())
-    _, newline, body = body.partition(b"\n")
-    assert label
-    assert newline
-    lines, rows_begun = body.splitlines(keepends=True), False
-    for number, line in enumerate(lines):
-        if rows_begun and not line.strip():
-            break
-        if line.strip():
-            rows_begun = True
-            lines[number] = b"".join(part or b"" for part in APPENDED.fullmatch(line).groups())
-    return head + b"".join(lines)
 
 
 def test_a_row_keeps_its_bytes_and_gets_one_token_in_relions_layout(tmp_path):

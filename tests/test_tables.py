@@ -13,8 +13,7 @@ import pandas as pd
 import pytest
 import starfile
 import torch
-from conftest import ROOT
-from test_labels import half_star
+from making import ROOT, half_star
 
 from relion_cryofilter import (
     CryoFilterError,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scored import as_given_and_as_filed, fractions, has_six_decimals, scored_sets, unhurried
+from making import as_given_and_as_filed, fractions, has_six_decimals, scored_sets, unhurried
 from sklearn.metrics import precision_recall_curve
 
 from relion_cryofilter.errors import CryoFilterError, UsageError

@@ -16,11 +16,10 @@ import making
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_labels import make_select_job
+from making import ROOT, TRAIN_JOB, Fixed, labelled_blobs, train_words
 
 from relion_cryofilter.data.labelled import split_by_micrograph
-from relion_cryofilter.data.particles import particles_of_stacks, read_particles
+from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.errors import Aborted
 from relion_cryofilter.nn.calibration import fit_temperature
 from relion_cryofilter.nn.checkpoint import load_model
@@ -30,33 +29,6 @@ from relion_cryofilter.nn.small_images import load_small_images
 from relion_cryofilter.nn.training import Settings, Trainer
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion import job
-
-JOB = "External/job009/"
-
-
-class Fixed:
-    """Small images that are just there."""
-
-    where = "here"
-
-    def __init__(self, images):
-        self.images = images
-
-    def get(self, rows):
-        return self.images[torch.from_numpy(rows)]
-
-
-def labelled_blobs(tmp_path, n=360, strength=1.5):
-    """Make stacks of 12 images: every other has a blob; return particles, labels, images."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(n) % 2 == 0
-    images = rng.normal(size=(n, 32, 32)).astype(np.float32)
-    y, x = np.mgrid[:32, :32] - 15.5
-    images[labels] += strength * np.exp(-(x**2 + y**2) / 40).astype(np.float32)
-    for number in range(n // 12):
-        making.write_stack(tmp_path / f"{number:03d}.mrcs", images[number * 12 : number * 12 + 12])
-    particles = particles_of_stacks([tmp_path / f"{k:03d}.mrcs" for k in range(n // 12)])
-    return particles, labels, images
 
 
 def trainer_of(tmp_path, images, labels, split, **settings):
@@ -167,19 +139,6 @@ def test_the_temperature_of_overconfident_logits_is_found(true):
     assert fit_temperature(logits * true, labels) == pytest.approx(true, rel=0.07)
 
 
-def train_words(more=""):
-    return f"--mode train --o {JOB} --in_parts Select/job003/particles.star --j 1 {more}"
-
-
-@pytest.fixture
-def select_project(tmp_path, monkeypatch):
-    """A project of 8 micrographs whose classes 3 are blobs, with its Select job."""
-    making.write_project(tmp_path, n_micrographs=4, per_micrograph=24)
-    monkeypatch.chdir(tmp_path)
-    make_select_job(tmp_path)
-    return tmp_path
-
-
 OUTPUTS = [
     "model.safetensors", "history.csv", "checkpoint_last.pt", "metrics.json", "predictions.csv",
     "roc.png", "confusion_matrix.png", "precision_recall.png", "reliability.png",
@@ -197,12 +156,12 @@ def test_a_checkpoint_of_other_images_is_not_gone_on_from(select_project, capsys
 
 def test_a_damaged_checkpoint_is_started_anew(select_project, capsys):
     assert job.main(train_words("--epochs 1").split()) == 0
-    first = load_model(Path(JOB, "model.safetensors")).hash
-    data = Path(JOB, "checkpoint_last.pt").read_bytes()
-    Path(JOB, "checkpoint_last.pt").write_bytes(data[: len(data) // 2])
+    first = load_model(Path(TRAIN_JOB, "model.safetensors")).hash
+    data = Path(TRAIN_JOB, "checkpoint_last.pt").read_bytes()
+    Path(TRAIN_JOB, "checkpoint_last.pt").write_bytes(data[: len(data) // 2])
     assert job.main(train_words("--epochs 1").split()) == 0
     assert "can't be read" in capsys.readouterr().out
-    assert load_model(Path(JOB, "model.safetensors")).hash == first
+    assert load_model(Path(TRAIN_JOB, "model.safetensors")).hash == first
 
 
 def test_bad_images_are_left_out_of_the_same_split(select_project, capsys):
@@ -213,10 +172,10 @@ def test_bad_images_are_left_out_of_the_same_split(select_project, capsys):
     assert job.main(train_words("--epochs 1").split()) == 1
     assert "--skip_bad leaves them out" in capsys.readouterr().err
     assert job.main(train_words("--epochs 1 --skip_bad").split()) == 0
-    with Path(JOB, "predictions.csv").open() as file:
+    with Path(TRAIN_JOB, "predictions.csv").open() as file:
         trained = {row["image"] for row in csv.DictReader(file)}
     words = "metrics --o M/ --in_parts Select/job003/particles.star --skip_bad --split 0.7"
-    assert job.main([*words.split(), "--weights", f"{JOB}model.safetensors"]) == 0
+    assert job.main([*words.split(), "--weights", f"{TRAIN_JOB}model.safetensors"]) == 0
     with Path("M/predictions.csv").open() as file:
         assert {row["image"] for row in csv.DictReader(file)} == trained
 
@@ -227,12 +186,12 @@ def test_a_stack_that_is_gone_is_left_out_of_a_training(select_project, capsys):
     assert "24 of 96 images can't be used: 24 in stacks that can't be read" in (
         capsys.readouterr().out
     )
-    assert load_model(Path(JOB, "model.safetensors")).provenance["boxes_px"] == [32]
+    assert load_model(Path(TRAIN_JOB, "model.safetensors")).provenance["boxes_px"] == [32]
 
 
 def test_a_model_is_not_trained_over_its_own_start(select_project, capsys):
     assert job.main(train_words("--epochs 1").split()) == 0
-    assert job.main(train_words(f"--epochs 1 --init {JOB}model.safetensors").split()) == 2
+    assert job.main(train_words(f"--epochs 1 --init {TRAIN_JOB}model.safetensors").split()) == 2
     assert "would overwrite the input" in capsys.readouterr().err
 
 
@@ -248,8 +207,8 @@ def test_recall_is_asked_of_a_model_that_knows_before_images_are_read(select_pro
 def test_a_training_job_leaves_model_history_and_figures(select_project, capsys):
     assert job.main(train_words("--epochs 3").split()) == 0
     for name in OUTPUTS:
-        assert Path(JOB, name).exists(), name
-    with Path(JOB, "history.csv").open() as file:
+        assert Path(TRAIN_JOB, name).exists(), name
+    with Path(TRAIN_JOB, "history.csv").open() as file:
         history = list(csv.DictReader(file))
     assert list(history[0]) == [
         "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_auc", "learning_rate",
@@ -261,9 +220,9 @@ def test_a_training_job_leaves_model_history_and_figures(select_project, capsys)
                  "pure noise", "background sigma", "file of origin"):  # fmt: skip
         assert said in text
     assert text.splitlines()[-1].startswith("On the test part: AUC ")
-    report = json.loads(Path(JOB, "metrics.json").read_text())
+    report = json.loads(Path(TRAIN_JOB, "metrics.json").read_text())
     assert {test["name"] for test in report["self_tests"]} >= {"split", "pure noise"}
-    model = load_model(Path(JOB, "model.safetensors"))
+    model = load_model(Path(TRAIN_JOB, "model.safetensors"))
     assert model.provenance["threshold_request"] == "recall=0.95"
     assert model.provenance["pixel_sizes_angstrom"] == [3.0]
     assert "operating_curve" in model.provenance
@@ -271,7 +230,8 @@ def test_a_training_job_leaves_model_history_and_figures(select_project, capsys)
 
 def test_score_tells_what_validation_said_of_its_threshold(select_project, capsys):
     assert job.main(train_words("--epochs 1").split()) == 0
-    base = f"score --o S/ --in_parts Extract/job001/particles.star --weights {JOB}model.safetensors"
+    base = "score --o S/ --in_parts Extract/job001/particles.star --weights "
+    base += f"{TRAIN_JOB}model.safetensors"
     for request, said in (("", "the model's own; on its validation particles recall"),
                           ("--threshold recall=0.5", "for recall=0.5; by the curve in"),
                           ("--threshold count=10", "for count=10")):  # fmt: skip
@@ -294,10 +254,10 @@ def test_negatives_scaled_differently_raise_a_warning_in_the_log(select_project,
 
 def test_a_finished_training_is_not_done_again(select_project, capsys):
     assert job.main(train_words("--epochs 2").split()) == 0
-    first = Path(JOB, "model.safetensors").read_bytes()
+    first = Path(TRAIN_JOB, "model.safetensors").read_bytes()
     assert job.main(train_words("--epochs 2").split()) == 0
     assert "Going on from" in capsys.readouterr().out
-    assert Path(JOB, "model.safetensors").read_bytes() == first
+    assert Path(TRAIN_JOB, "model.safetensors").read_bytes() == first
 
 
 @pytest.mark.parametrize("version", ["v31", "v5"])
@@ -317,7 +277,7 @@ def test_real_projects_train_from_their_select_job_and_score(
     assert done.returncode == 0, done.stderr.decode()
     selected = len(read_particles(Path("Select/job003/particles.star")))
     assert f"200 labelled particles: {selected} good, {200 - selected} bad" in done.stdout.decode()
-    words = f"--o External/job010/ --in_parts Extract/job001/particles.star --weights {JOB}"
+    words = f"--o External/job010/ --in_parts Extract/job001/particles.star --weights {TRAIN_JOB}"
     words += "model.safetensors --threshold keep=0.5"
     done = subprocess.run([*shim, *words.split()], capture_output=True)
     assert done.returncode == 0, done.stderr.decode()
@@ -328,8 +288,8 @@ def test_sigkill_in_mid_epoch_then_continue_gives_the_same_weights(select_projec
     shim = [sys.executable, str(ROOT / "external_job.py")]
     words = train_words("--epochs 12 --patience 12 --batch_size 1").split()
     subprocess.run([*shim, *words], check=True, capture_output=True)
-    whole = load_model(Path(JOB, "model.safetensors"))
-    words[words.index(JOB)] = "External/job010/"
+    whole = load_model(Path(TRAIN_JOB, "model.safetensors"))
+    words[words.index(TRAIN_JOB)] = "External/job010/"
     running = subprocess.Popen([*shim, *words], stdout=subprocess.DEVNULL)
     checkpoint = Path("External/job010/checkpoint_last.pt")
     while not checkpoint.exists() and running.poll() is None:
@@ -348,7 +308,9 @@ def test_sigkill_in_mid_epoch_then_continue_gives_the_same_weights(select_projec
 
 def test_fine_tuning_starts_from_a_model_and_checks_it(select_project, capsys):
     assert job.main(train_words("--epochs 1 --f 8").split()) == 0
-    words = train_words(f"--epochs 1 --init {JOB}model.safetensors").replace(JOB, "External/x/", 1)
+    words = train_words(f"--epochs 1 --init {TRAIN_JOB}model.safetensors").replace(
+        TRAIN_JOB, "External/x/", 1
+    )
     assert job.main(words.split()) == 0
     assert load_model("External/x/model.safetensors").network.kwargs == {"f": 8, "dim": 28}
     assert job.main([*words.split(), "--f", "16"]) == 2
@@ -361,7 +323,7 @@ def test_fine_tuning_starts_from_a_model_and_checks_it(select_project, capsys):
 def test_the_threshold_to_store_is_by_request(select_project, request_text, code):
     assert job.main(train_words(f"--epochs 1 --threshold {request_text}").split()) == code
     if code == 0:
-        model = load_model(Path(JOB, "model.safetensors"))
+        model = load_model(Path(TRAIN_JOB, "model.safetensors"))
         fixed = {"0.7": 0.7, "2020": 0.5}.get(request_text)
         assert fixed is None or model.threshold == fixed
 
@@ -377,17 +339,17 @@ def test_names_of_2020_keep_working(select_project):
 
 
 def test_an_abort_in_training_leaves_aborted(select_project):
-    Path(JOB).mkdir(parents=True)
+    Path(TRAIN_JOB).mkdir(parents=True)
     shim = [sys.executable, str(ROOT / "external_job.py")]
     running = subprocess.Popen(
         [*shim, *train_words("--epochs 500 --patience 500").split()], stdout=subprocess.PIPE
     )
-    while not Path(JOB, "checkpoint_last.pt").exists():
+    while not Path(TRAIN_JOB, "checkpoint_last.pt").exists():
         time.sleep(0.01)
-    Path(JOB, "RELION_JOB_ABORT_NOW").touch()
+    Path(TRAIN_JOB, "RELION_JOB_ABORT_NOW").touch()
     running.communicate(timeout=30)
-    assert Path(JOB, "RELION_JOB_EXIT_ABORTED").exists()
-    assert not Path(JOB, "model.safetensors").exists()
+    assert Path(TRAIN_JOB, "RELION_JOB_EXIT_ABORTED").exists()
+    assert not Path(TRAIN_JOB, "model.safetensors").exists()
 
 
 @pytest.fixture
