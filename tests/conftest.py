@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import making
@@ -26,6 +27,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def shared() -> Path:
     """The folder of development data; tests that use it carry the mark `shared`."""
     return SHARED
+
+
+@pytest.fixture(autouse=True)
+def no_process_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End what works on in a test's folder after it; RELION detaches jobs from who starts them."""
+    with_folder = "tmp_path" in request.fixturenames
+    folder = request.getfixturevalue("tmp_path") if with_folder else None
+    yield
+    if folder is not None:
+        making.end_processes_in(folder)
 
 
 @pytest.fixture

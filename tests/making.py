@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import struct
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import mrcfile
 import numpy as np
@@ -29,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 JOB = "External/job002/"
 TRAIN_JOB = "External/job009/"
+PATIENCE_S = 600
+"""No program and no event takes this long, however busy the machine is."""
 
 MODE_TYPES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 
@@ -410,3 +417,40 @@ def as_given_and_as_filed(scores):
 
 def has_six_decimals(threshold):
     return isinstance(threshold, float) and threshold == float(f"{threshold:.6f}")
+
+
+@contextmanager
+def started(words: Sequence[str | Path], **options: Any) -> Iterator[subprocess.Popen]:
+    """Start a program; when the block ends, it and all that it has started are gone."""
+    with subprocess.Popen(words, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def run_to_end(words: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess:
+    """Run a program to its end and return what it said; nothing that it has started stays."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    with started(words, **options) as process:
+        out, err = process.communicate(timeout=PATIENCE_S)
+    return subprocess.CompletedProcess(words, process.returncode, out, err)
+
+
+def wait_until(happened: Callable[[], object], process: subprocess.Popen | None = None) -> None:
+    """Wait for something to happen, which it must before `process` ends."""
+    end = time.monotonic() + PATIENCE_S
+    while not happened():
+        assert process is None or process.poll() is None, "the program ended first"
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+def end_processes_in(folder: Path) -> None:
+    """Kill the processes whose working directory is in `folder` (where there is /proc)."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # others', or gone by now
+            place = (process / "cwd").readlink()
+            if place.is_relative_to(folder) and int(process.name) != os.getpid():
+                os.kill(int(process.name), signal.SIGKILL)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import making
 import pytest
-from making import ROOT, write_keras
+from making import PATIENCE_S, ROOT, write_keras
 
 from relion_cryofilter import cli
 from relion_cryofilter.data.simulate import simulate_project, simulate_selection
@@ -135,7 +135,7 @@ def run(block, folder, environment):
     command = ["bash", "-euo", "pipefail", "-c"] if block.kind == "bash" else ["python", "-c"]
     done = subprocess.run(
         [*command, block.text], cwd=folder, env=environment, capture_output=True, text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
     )  # fmt: skip
     assert done.returncode == 0, f"{block.text}\n{done.stdout}\n{done.stderr}"
     failed = list(folder.glob("*/*/RELION_JOB_EXIT_FAILURE"))

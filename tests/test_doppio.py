@@ -6,14 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import fields
 from pathlib import Path
 
 import making
 import numpy as np
 import pytest
-from making import half_star
+from making import PATIENCE_S, half_star, wait_until
 
 from relion_cryofilter.options import MODES, MetricsOptions, ScoreOptions, TrainOptions
 
@@ -46,7 +45,7 @@ _rlnJobOptionValue #2
 def pipeliner(*words, program="pipeliner"):
     """Run the pipeliner's own command line."""
     program = shutil.which(program, path=str(Path(sys.executable).parent)) or program
-    done = subprocess.run([program, *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([program, *words], capture_output=True, text=True, timeout=PATIENCE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -61,11 +60,12 @@ def run_from_the_command_line(kind, **values):
     """Run a job in the background, as users do, and return its folder when it has ended."""
     said = pipeliner("--run_job", write_job(kind, **values))
     folder = Path(re.search(r"Ran job as: (\S+)", said)[1])
-    for _ in range(600):
-        if list(folder.glob("PIPELINER_JOB_EXIT_*")):
-            return folder
-        time.sleep(0.1)
-    raise AssertionError("the job did not end")
+    wait_until(lambda: ended(folder))
+    return folder
+
+
+def ended(folder):
+    return list(folder.glob("PIPELINER_JOB_EXIT_*"))
 
 
 def run(kind, **values):
@@ -251,15 +251,9 @@ def test_an_aborted_job_ends_as_aborted(pipeline):
         any_contrast="Yes", batch_size=2,
     ))  # fmt: skip
     folder = Path(re.search(r"Ran job as: (\S+)", said)[1])
-    for _ in range(300):
-        if (folder / "run.out").exists() and "Read " in (folder / "run.out").read_text():
-            break
-        time.sleep(0.1)
+    wait_until(lambda: (folder / "score_cache.journal").exists() or ended(folder))
     pipeliner("--abort_job", str(folder))
-    for _ in range(300):
-        if list(folder.glob("PIPELINER_JOB_EXIT_*")):
-            break
-        time.sleep(0.1)
+    wait_until(lambda: ended(folder))
     assert (folder / "PIPELINER_JOB_EXIT_ABORTED").exists()
     assert not list(folder.glob("particles*.star"))
     assert not list(folder.glob(".*.part"))

@@ -5,58 +5,45 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import making
 import numpy as np
 import pytest
-from making import ROOT
+from making import JOB, PATIENCE_S, ROOT, run_to_end, started, wait_until
 
 from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.data.star import columns
 from relion_cryofilter.relion import job
 
 pytestmark = pytest.mark.relion
-JOB = "External/job002/"
 STATUS = {0: "running", 1: "scheduled", 2: "success", 3: "failure", 4: "aborted"}
 
 
-def relion(program, *words, check=True):
+def relion(program, *words):
     """Run one of RELION's programs in the project."""
-    done = subprocess.run(
-        [f"relion_{program}", *words], capture_output=True, text=True, timeout=300
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    done = run_to_end([f"relion_{program}", *words])
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def add_job(monkeypatch, words, executable=None):
+def add_job(monkeypatch, words, executable=f"{sys.executable} {ROOT / 'external_job.py'}"):
     """Write a job.star with our `job` command and give it to the pipeliner."""
-    shim = executable or f"{sys.executable} {ROOT / 'external_job.py'}"
-    monkeypatch.setattr("relion_cryofilter.relion.templates.executable", lambda: shim)
+    monkeypatch.setattr("relion_cryofilter.relion.templates.executable", lambda: executable)
     assert job.main(f"job --mode score --o job.star {words}".split()) == 0
     relion("pipeliner", "--addJobFromStar", "job.star")
 
 
-def start():
-    """Let the pipeliner run the job; it waits for one of the exit files."""
-    return subprocess.Popen(
-        ["relion_pipeliner", "--RunJobs", JOB, "--sec_wait_after", "1"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+RUN_JOB = ["relion_pipeliner", "--RunJobs", JOB, "--sec_wait_after", "1"]
+"""The pipeliner starts the job, looks for its exit files once a second, and ends with it."""
+
+
+def run_job():
+    run_to_end(RUN_JOB)
 
 
 def status():
     """Return what RELION's pipeline says of our job."""
     text = Path("default_pipeline.star").read_text()
     return STATUS[int(re.search(rf"{JOB}\s+None\s+99\s+(\d)", text)[1])]
-
-
-def run_job():
-    running = start()
-    out, _ = running.communicate(timeout=120)
-    return out.decode()
 
 
 PARTICLES = "--in_parts Extract/job001/particles.star --weights model.safetensors"
@@ -124,38 +111,48 @@ def test_a_missing_stack_is_a_failed_job_and_continue_mends_it(project, monkeypa
     assert len(read_particles(Path(JOB, "particles.star"))) == 48
 
 
+ONE_BATCH = f"""
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, {str(ROOT)!r})
+
+from relion_cryofilter.relion.job import main
+from relion_cryofilter.progress import Progress
+
+step = Progress.step
+
+
+def wait_and_step(progress, count):
+    while not Path({JOB!r}, "RELION_JOB_ABORT_NOW").exists():
+        time.sleep(0.01)
+    step(progress, count)
+
+
+Progress.step = wait_and_step
+sys.exit(main())
+"""
+"""Our job, but after its first batch it waits for an abort: no clock decides who is first."""
+
+
 def test_abort_in_mid_run_then_continue(project, monkeypatch):
-    for number in range(4):
-        making.write_stack(
-            project / f"Extract/job001/Mics/mic{number}.mrcs", making.blobs(3000, 32)
-        )
-    star = Path("Extract/job001/particles.star")
-    lines = star.read_text().splitlines(keepends=True)
-    rows = [line for line in lines if "@" in line]
-    many = [
-        re.sub(r"\d+@Extract/job001/Mics/mic\d", f"{i + 1}@Extract/job001/Mics/mic{m}", rows[0])
-        for m in range(4)
-        for i in range(3000)
-    ]
-    star.write_text("".join(line for line in lines if "@" not in line).rstrip() + "\n")
-    with star.open("a") as file:
-        file.writelines(many)
-    add_job(monkeypatch, f"{PARTICLES} --tta --batch_size 2 --j 1")
-    running = start()
-    for _ in range(300):
-        log = Path(JOB, "run.out")
-        if log.exists() and "Model model.safetensors" in log.read_text():
-            break
-        time.sleep(0.1)
-    time.sleep(0.5)
-    Path(JOB, "RELION_JOB_ABORT_NOW").touch()
-    running.communicate(timeout=60)
+    Path("job.py").write_text(ONE_BATCH)
+    add_job(monkeypatch, f"{PARTICLES} --tta --batch_size 2 --j 1", f"{sys.executable} job.py")
+    with started(RUN_JOB, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as pipeliner:
+        wait_until(Path(JOB, "score_cache.journal").exists, pipeliner)
+        assert status() == "running"
+        Path(JOB, "RELION_JOB_ABORT_NOW").touch()
+        pipeliner.communicate(timeout=PATIENCE_S)
     assert status() == "aborted"
-    assert "Stopped on request after" in Path(JOB, "run.out").read_text()
+    assert "Stopped on request after 2 of 48 particles" in Path(JOB, "run.out").read_text()
     assert not Path(JOB, "particles.star").exists()
+    Path("job.py").write_bytes((ROOT / "external_job.py").read_bytes())
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     run_job()
     assert status() == "success"
-    assert len(read_particles(Path(JOB, "particles.star"))) == 12_000
+    assert "of 48 particles were scored by an earlier run" in Path(JOB, "run.out").read_text()
+    assert len(read_particles(Path(JOB, "particles.star"))) == 48
 
 
 @pytest.fixture

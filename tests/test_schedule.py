@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mrcfile
 import numpy as np
 import pytest
-from making import ROOT
+from making import PATIENCE_S, ROOT, run_to_end, started, wait_until
 
 from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.data.simulate import random_molecule
@@ -21,6 +20,7 @@ pytestmark = pytest.mark.relion
 BOX, PICKS = 64, 12
 PICK_HEAD = "\ndata_\n\nloop_\n_rlnCoordinateX #1\n_rlnCoordinateY #2\n"
 EMPTY = "\n# version 30001\n\ndata_pipeline_general\n\n_rlnPipeLineJobCounter 1\n \n"
+RUN = ["relion_scheduler", "--schedule", "filter", "--run"]
 SCORES = Path("External/job004/scores.csv")
 
 
@@ -39,8 +39,9 @@ def add_micrograph(number):
 
 
 def make_schedule(*words):
-    subprocess.run([sys.executable, ROOT / "examples/schedule.py", "--angpix", "3", "--box",
-                    str(BOX), "--wait_sec", "1", *words], check=True, timeout=60)  # fmt: skip
+    options = ["--angpix", "3", "--box", str(BOX), "--wait_sec", "1", *words]
+    done = run_to_end([sys.executable, ROOT / "examples/schedule.py", *options])
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_schedule_extracts_and_scores_in_turns_as_micrographs_come(tmp_path, monkeypatch):
@@ -49,18 +50,12 @@ def test_a_schedule_extracts_and_scores_in_turns_as_micrographs_come(tmp_path, m
     add_micrograph(1)
     add_micrograph(2)
     make_schedule("--rounds", "2", "--score", "threshold keep=0.5", "any_contrast Yes")
-    running = subprocess.Popen(["relion_scheduler", "--schedule", "filter", "--run"],
-                               stdout=subprocess.PIPE, text=True)  # fmt: skip
-    try:
-        while not Path("External/job004/RELION_JOB_EXIT_SUCCESS").exists():
-            assert running.poll() is None, "the schedule ended before its first score"
-            time.sleep(0.5)
+    with started(RUN, stdout=subprocess.PIPE, text=True) as running:
+        wait_until(Path("External/job004/RELION_JOB_EXIT_SUCCESS").exists, running)
         assert len(SCORES.read_text().splitlines()) == 2 * PICKS
         first = Path("Extract/job003/Micrographs/mic1.mrcs").stat()
         add_micrograph(3)
-        said, _ = running.communicate(timeout=180)
-    finally:
-        running.kill()
+        said, _ = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 0, said
     assert "reached an exit point" in said
     assert len(SCORES.read_text().splitlines()) == 3 * PICKS
@@ -77,6 +72,5 @@ def test_a_schedule_stops_where_its_score_fails(tmp_path, monkeypatch):
     Path("default_pipeline.star").write_text(EMPTY)
     add_micrograph(1)
     make_schedule("--score", "weights missing.safetensors")
-    done = subprocess.run(["relion_scheduler", "--schedule", "filter", "--run"],
-                          capture_output=True, text=True, timeout=180, check=False)  # fmt: skip
+    done = run_to_end(RUN)
     assert "Stopping schedule due to job External/job004/ failing" in done.stdout + done.stderr

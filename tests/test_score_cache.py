@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from making import blobs, tiny_model, write_project, write_stack
+from making import blobs, started, tiny_model, write_project, write_stack
 
 from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.data.score_cache import ScoreCache, _whole_records
@@ -175,12 +175,12 @@ def test_a_job_that_is_killed_ten_times_scores_each_image_once(project, tmp_path
     kills = 0
     while kills < 10:
         before = size_of_journal()
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
-        while process.poll() is None and size_of_journal() == before:
-            time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.08))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
+        with started(line, stdout=subprocess.DEVNULL) as process:
+            while process.poll() is None and size_of_journal() == before:
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.08))
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
         assert process.returncode == -signal.SIGKILL, "the job ended before it was killed"
         assert not Path(OUT, "particles.star").exists()
     subprocess.run(line, check=True)

@@ -13,6 +13,7 @@ import mrcfile
 import numpy as np
 import pytest
 import starfile
+from making import PATIENCE_S
 from sklearn.metrics import roc_auc_score
 
 from relion_cryofilter.data import simulate
@@ -198,7 +199,7 @@ def test_relion_runs_a_job_in_the_project(tmp_path: Path) -> None:
         ["--RunJobs", "External/job002/", "--sec_wait_after", "1"],
     ):
         command = [program, *arguments]
-        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=PATIENCE_S)
     assert (tmp_path / "External/job002/RELION_JOB_EXIT_SUCCESS").exists()
     pipeline = starfile.read(tmp_path / "default_pipeline.star")
     assert "External/job002/" in set(pipeline["pipeline_processes"]["rlnPipeLineProcessName"])

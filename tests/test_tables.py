@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pandas as pd
 import pytest
 import starfile
 import torch
-from making import ROOT, half_star
+from making import ROOT, half_star, run_to_end
 
 from relion_cryofilter import (
     CryoFilterError,
@@ -189,8 +188,8 @@ def simulated(tmp_path_factory):
 
 
 def run_example(folder, name, *words):
-    done = subprocess.run([sys.executable, "-W", "error", ROOT / f"examples/{name}.py", *words],
-                          cwd=folder, capture_output=True, text=True, timeout=300)  # fmt: skip
+    script = [sys.executable, "-W", "error", ROOT / f"examples/{name}.py"]
+    done = run_to_end([*script, *words], cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

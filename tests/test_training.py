@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,7 +15,16 @@ import making
 import numpy as np
 import pytest
 import torch
-from making import ROOT, TRAIN_JOB, Fixed, labelled_blobs, train_words
+from making import (
+    PATIENCE_S,
+    ROOT,
+    TRAIN_JOB,
+    Fixed,
+    labelled_blobs,
+    started,
+    train_words,
+    wait_until,
+)
 
 from relion_cryofilter.data.labelled import split_by_micrograph
 from relion_cryofilter.data.particles import read_particles
@@ -290,13 +298,10 @@ def test_sigkill_in_mid_epoch_then_continue_gives_the_same_weights(select_projec
     subprocess.run([*shim, *words], check=True, capture_output=True)
     whole = load_model(Path(TRAIN_JOB, "model.safetensors"))
     words[words.index(TRAIN_JOB)] = "External/job010/"
-    running = subprocess.Popen([*shim, *words], stdout=subprocess.DEVNULL)
-    checkpoint = Path("External/job010/checkpoint_last.pt")
-    while not checkpoint.exists() and running.poll() is None:
-        time.sleep(0.005)
-    time.sleep(0.03)
-    os.kill(running.pid, signal.SIGKILL)
-    running.wait()
+    with started([*shim, *words], stdout=subprocess.DEVNULL) as running:
+        wait_until(Path("External/job010/checkpoint_last.pt").exists, running)
+        time.sleep(0.03)
+        running.kill()
     assert not Path("External/job010/model.safetensors").exists(), "it was killed too late"
     done = subprocess.run([*shim, *words], check=True, capture_output=True)
     assert b"Going on from" in done.stdout
@@ -341,13 +346,11 @@ def test_names_of_2020_keep_working(select_project):
 def test_an_abort_in_training_leaves_aborted(select_project):
     Path(TRAIN_JOB).mkdir(parents=True)
     shim = [sys.executable, str(ROOT / "external_job.py")]
-    running = subprocess.Popen(
-        [*shim, *train_words("--epochs 500 --patience 500").split()], stdout=subprocess.PIPE
-    )
-    while not Path(TRAIN_JOB, "checkpoint_last.pt").exists():
-        time.sleep(0.01)
-    Path(TRAIN_JOB, "RELION_JOB_ABORT_NOW").touch()
-    running.communicate(timeout=30)
+    words = train_words("--epochs 5000 --patience 5000").split()
+    with started([*shim, *words], stdout=subprocess.PIPE) as running:
+        wait_until(Path(TRAIN_JOB, "checkpoint_last.pt").exists, running)
+        Path(TRAIN_JOB, "RELION_JOB_ABORT_NOW").touch()
+        running.communicate(timeout=PATIENCE_S)
     assert Path(TRAIN_JOB, "RELION_JOB_EXIT_ABORTED").exists()
     assert not Path(TRAIN_JOB, "model.safetensors").exists()
 
