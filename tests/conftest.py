@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import making
 import pytest
 from making import ROOT, SHARED  # noqa: F401
+
+# Tests run side by side on few cores, and threads that wait for each other take them. Workers of
+# pytest-xdist and the programs that tests start read this before they load torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -42,8 +48,57 @@ def no_process_stays(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small RELION project as working directory, with a model in it."""
-    making.write_project(tmp_path)
-    making.tiny_model().save(tmp_path / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    making.project_with_model()
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Callable[[], object]], Path]:
+    """Return what makes a folder once for all workers; tests get copies of it."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(make: Callable[[], object]) -> Path:
+        folder, unfinished = base / make.__name__, base / f"{make.__name__}.part"
+        with (base / f"{make.__name__}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                with making.working_in(unfinished):
+                    make()
+                unfinished.rename(folder)
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def scored_once(made_once) -> Path:
+    return made_once(making.scored_project)
+
+
+@pytest.fixture(scope="session")
+def trained_once(made_once) -> Path:
+    return made_once(making.trained_project)
+
+
+@pytest.fixture
+def scored(scored_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project of `project` as working directory, scored already; the job is `making.JOB`."""
+    shutil.copytree(scored_once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def trained(trained_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project of `select_project`, trained for one epoch in `making.TRAIN_JOB`.
+
+    What the training said is in the job's run.out.
+    """
+    shutil.copytree(trained_once, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -51,7 +106,6 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def select_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project of 4 micrographs as working directory, with a Select job that kept blobs."""
-    making.write_project(tmp_path, n_micrographs=4, per_micrograph=24)
     monkeypatch.chdir(tmp_path)
-    making.make_select_job(tmp_path)
+    making.project_with_selection()
     return tmp_path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,44 @@ def score_project(more="", source="--in_parts Extract/job001/particles.star"):
     """Score the project of the working directory; the results go to `JOB`."""
     words = f"score --o {JOB} {source} --weights model.safetensors --j 2 {more}"
     assert job.main(words.split()) == 0
+
+
+def project_with_model() -> None:
+    """Make a project and a model in the working directory."""
+    write_project(Path())
+    tiny_model().save("model.safetensors")
+
+
+def scored_project() -> None:
+    """Make the same, and score it."""
+    project_with_model()
+    score_project()
+
+
+def project_with_selection() -> None:
+    """Make a project of 4 micrographs in the working directory, with a Select job."""
+    write_project(Path(), n_micrographs=4, per_micrograph=24)
+    make_select_job(Path())
+
+
+def trained_project() -> None:
+    """Make the same, and train on its choices for an epoch; `run.out` has what was said."""
+    project_with_selection()
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert job.main(train_words("--epochs 1").split()) == 0
+    Path(TRAIN_JOB, "run.out").write_text(said.getvalue())
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """Change the working directory for a while."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def data_of(path=Path(JOB, "report.html")):

@@ -155,14 +155,6 @@ def test_abort_in_mid_run_then_continue(project, monkeypatch):
     assert len(read_particles(Path(JOB, "particles.star"))) == 48
 
 
-@pytest.fixture
-def scored(project):
-    """A project whose job is done, run without the pipeliner."""
-    words = f"score --o {JOB} {PARTICLES} --threshold 0.5 --j 2"
-    assert job.main(words.split()) == 0
-    return project
-
-
 def values_of(path):
     particles = read_particles(Path(path))
     label = ["rlnParticleFigureOfMerit"]

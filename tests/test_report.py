@@ -74,8 +74,7 @@ def test_counts_of_the_report_and_of_runout_are_the_rows_written(project, capsys
     }
 
 
-def test_the_page_holds_everything_and_asks_nobody(project):
-    score_project()
+def test_the_page_holds_everything_and_asks_nobody(scored):
     text = Path(JOB, "report.html").read_text()
     assert "http:" not in text
     assert "https:" not in text
@@ -372,8 +371,7 @@ def test_the_report_of_a_large_set_is_quick_and_small():
 
 
 @pytest.mark.skipif(shutil.which("pdftoppm") is None, reason="needs pdftoppm (poppler-utils)")
-def test_the_pdf_opens_in_another_program_and_no_page_is_empty(project, tmp_path):
-    score_project()
+def test_the_pdf_opens_in_another_program_and_no_page_is_empty(scored, tmp_path):
     done = subprocess.run(
         ["pdftoppm", "-r", "30", "-gray", f"{JOB}logfile.pdf", tmp_path / "page"],
         capture_output=True, text=True,

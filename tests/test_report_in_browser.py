@@ -84,8 +84,7 @@ class Page:
 
 
 @pytest.fixture
-def page(project, browser):
-    score_project()
+def page(scored, browser):
     return Page(browser)
 
 

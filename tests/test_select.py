@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from making import JOB
 
 from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.relion import job
 
 
 @pytest.fixture
-def scored(project):
-    words = "score --o S/ --in_parts Extract/job001/particles.star --weights model.safetensors"
-    assert job.main(words.split()) == 0
+def scores(scored):
+    """The scores of S/; its images are gone."""
+    Path(JOB).rename("S")
     for stack in Path("Extract/job001/Mics").iterdir():
         stack.unlink()
     return np.loadtxt("S/scores.csv", delimiter=",")[:, 1]
@@ -25,7 +26,7 @@ def scored(project):
 @pytest.mark.parametrize(
     ("request_text", "count"), [("keep=0.25", 12), ("count=20", 20), ("keep=100%", 48)]
 )
-def test_a_share_or_a_number_is_kept(scored, request_text, count, capsys):
+def test_a_share_or_a_number_is_kept(scores, request_text, count, capsys):
     words = f"select --in_parts S/particles.star --threshold {request_text} --o T/"
     assert job.main(words.split()) == 0
     assert len(read_particles(Path("T/particles_accepted.star"))) == count
@@ -38,7 +39,7 @@ def test_a_share_or_a_number_is_kept(scored, request_text, count, capsys):
         assert not Path("T/particles_rejected.star").exists()
 
 
-def test_rows_are_copied_byte_for_byte(scored):
+def test_rows_are_copied_byte_for_byte(scores):
     assert (
         job.main(
             [
@@ -80,12 +81,12 @@ def test_rows_are_copied_byte_for_byte(scored):
         ("--in_parts S/particles.star --o T/ --threshold best", "'best' is not understood"),
     ],
 )
-def test_what_cannot_be_selected_is_said(scored, words, message, capsys):
+def test_what_cannot_be_selected_is_said(scores, words, message, capsys):
     assert job.main(["select", *words.split()]) != 0
     assert message in capsys.readouterr().err
 
 
-def test_select_does_not_wait_for_torch(scored):
+def test_select_does_not_wait_for_torch(scores):
     code = (
         "import sys\nfrom relion_cryofilter.relion.job import main\n"
         "assert main('select --in_parts S/particles.star --threshold 0.5 --o T/'.split()) == 0\n"

@@ -154,16 +154,14 @@ OUTPUTS = [
 ]  # fmt: skip
 
 
-def test_a_checkpoint_of_other_images_is_not_gone_on_from(select_project, capsys):
-    assert job.main(train_words("--epochs 1").split()) == 0
+def test_a_checkpoint_of_other_images_is_not_gone_on_from(trained, capsys):
     stack = Path("Extract/job001/Mics/mic0.mrcs")
     os.utime(stack, (1, 1))
     assert job.main(train_words("--epochs 1").split()) == 0
     assert "of another training; starting anew (other: stacks)" in capsys.readouterr().out
 
 
-def test_a_damaged_checkpoint_is_started_anew(select_project, capsys):
-    assert job.main(train_words("--epochs 1").split()) == 0
+def test_a_damaged_checkpoint_is_started_anew(trained, capsys):
     first = load_model(Path(TRAIN_JOB, "model.safetensors")).hash
     data = Path(TRAIN_JOB, "checkpoint_last.pt").read_bytes()
     Path(TRAIN_JOB, "checkpoint_last.pt").write_bytes(data[: len(data) // 2])
@@ -197,8 +195,7 @@ def test_a_stack_that_is_gone_is_left_out_of_a_training(select_project, capsys):
     assert load_model(Path(TRAIN_JOB, "model.safetensors")).provenance["boxes_px"] == [32]
 
 
-def test_a_model_is_not_trained_over_its_own_start(select_project, capsys):
-    assert job.main(train_words("--epochs 1").split()) == 0
+def test_a_model_is_not_trained_over_its_own_start(trained, capsys):
     assert job.main(train_words(f"--epochs 1 --init {TRAIN_JOB}model.safetensors").split()) == 2
     assert "would overwrite the input" in capsys.readouterr().err
 
@@ -236,8 +233,7 @@ def test_a_training_job_leaves_model_history_and_figures(select_project, capsys)
     assert "operating_curve" in model.provenance
 
 
-def test_score_tells_what_validation_said_of_its_threshold(select_project, capsys):
-    assert job.main(train_words("--epochs 1").split()) == 0
+def test_score_tells_what_validation_said_of_its_threshold(trained, capsys):
     base = "score --o S/ --in_parts Extract/job001/particles.star --weights "
     base += f"{TRAIN_JOB}model.safetensors"
     for request, said in (("", "the model's own; on its validation particles recall"),
@@ -261,9 +257,9 @@ def test_negatives_scaled_differently_raise_a_warning_in_the_log(select_project,
 
 
 def test_a_finished_training_is_not_done_again(select_project, capsys):
-    assert job.main(train_words("--epochs 2").split()) == 0
+    assert job.main(train_words("--epochs 1").split()) == 0
     first = Path(TRAIN_JOB, "model.safetensors").read_bytes()
-    assert job.main(train_words("--epochs 2").split()) == 0
+    assert job.main(train_words("--epochs 1").split()) == 0
     assert "Going on from" in capsys.readouterr().out
     assert Path(TRAIN_JOB, "model.safetensors").read_bytes() == first
 
@@ -356,7 +352,7 @@ def test_an_abort_in_training_leaves_aborted(select_project):
 
 
 @pytest.fixture
-def trained(select_project):
+def with_models(select_project):
     making_model = replace(
         making.tiny_model(), provenance={"pixel_sizes_angstrom": [3.0], "boxes_px": [32]}
     )
@@ -365,7 +361,7 @@ def trained(select_project):
     return select_project
 
 
-def test_metrics_measures_on_all_or_on_the_test_part(trained, capsys):
+def test_metrics_measures_on_all_or_on_the_test_part(with_models, capsys):
     words = "metrics --o M/ --in_parts Select/job003/particles.star --weights model.safetensors"
     assert job.main(words.split()) == 0
     text = capsys.readouterr().out
@@ -399,7 +395,7 @@ def test_metrics_on_micrographs_that_the_model_has_seen_warns(select_project, ca
     assert "was trained or validated on" in capsys.readouterr().out
 
 
-def test_several_models_are_averaged(trained):
+def test_several_models_are_averaged(with_models):
     base = "score --in_parts Extract/job001/particles.star --threshold 0.5 --o"
     for folder, weights in (("a", "model"), ("b", "other"), ("c", "model other")):
         words = f"{base} {folder} --weights " + " ".join(
@@ -410,7 +406,7 @@ def test_several_models_are_averaged(trained):
     assert np.allclose((scores[0] + scores[1]) / 2, scores[2], atol=1.1e-4)
 
 
-def test_another_pixel_size_is_warned_of(trained, capsys):
+def test_another_pixel_size_is_warned_of(with_models, capsys):
     star = Path("Extract/job001/particles.star")
     words = f"score --o S/ --in_parts {star} --weights model.safetensors"
     assert job.main(words.split()) == 0
