@@ -103,11 +103,11 @@ def screen(environment):
         yield None
         return
     command = ["Xvfb", "-displayfd", "1", "-screen", "0", "1280x1024x24"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert server.stdout is not None
-    with server.stdout:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    with making.started(command, **pipes) as server:
+        assert server.stdout is not None
         yield server.stdout.readline().strip()
-        server.terminate()
+        server.terminate()  # so that it takes its lock away
         server.wait()
 
 
@@ -145,16 +145,15 @@ def run(block, folder, environment):
 def stays_open(text, folder, environment):
     """Run a program with a window; it must neither end nor complain while we look."""
     words = shlex.split(text.replace("\\\n", " "))
-    program = subprocess.Popen(
-        words, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    try:
-        out, _ = program.communicate(timeout=SECONDS_ON_SCREEN)
-        pytest.fail(f"{text}\nended: {out.decode()}")
-    except subprocess.TimeoutExpired:
-        program.kill()
-        out, _ = program.communicate()
-        assert b"ERROR" not in out, out.decode()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with making.started(words, cwd=folder, env=environment, **pipes) as program:
+        try:
+            out, _ = program.communicate(timeout=SECONDS_ON_SCREEN)
+            pytest.fail(f"{text}\nended: {out.decode()}")
+        except subprocess.TimeoutExpired:
+            program.kill()
+            out, _ = program.communicate()
+            assert b"ERROR" not in out, out.decode()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -12,6 +12,7 @@ from making import make_select_job, tiny_model, write_project
 from relion_cryofilter.nn.checkpoint import load_model
 from relion_cryofilter.nn.ranks import Ranks, _first_node
 from relion_cryofilter.processes import process_count, process_number
+from relion_cryofilter.relion import job
 
 NAMES = ("particles.star", "particles_accepted.star", "particles_rejected.star", "scores.csv")
 
@@ -34,19 +35,15 @@ def scoring(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-def test_two_processes_give_what_one_gives(scoring):
-    one = subprocess.run([sys.executable, "-m", "relion_cryofilter", *scoring, "--o", "one"])
+def test_two_processes_give_what_one_gives_and_use_all_scores_again(scoring):
+    assert job.main([*scoring, "--o", "one"]) == 0
     two = torchrun(*scoring, "--o", "two")
-    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert two.returncode == 0, two.stderr
     assert "in each of 2 processes" in two.stdout
     assert two.stdout.count("Results are in two/") == 1
     for name in NAMES:
         assert Path("one", name).read_bytes() == Path("two", name).read_bytes(), name
     assert Path("two/RELION_JOB_EXIT_SUCCESS").exists()
-
-
-def test_each_process_keeps_its_scores_and_all_are_used_again(scoring):
-    assert torchrun(*scoring, "--o", "two").returncode == 0
     assert sorted(path.name for path in Path("two").glob("*.journal")) == [
         "score_cache.journal", "score_cache_1.journal",
     ]  # fmt: skip
@@ -76,9 +73,9 @@ def test_training_in_two_processes_gives_the_model_of_one(tmp_path, monkeypatch)
     make_select_job(tmp_path)
     words = ["train", "--in_parts", "Select/job003/particles.star", "--epochs", "3", "--j", "1"]
     words += ["--any_contrast", "--model", "straight", "--learning_rate", "0.01", "--o"]
-    one = subprocess.run([sys.executable, "-m", "relion_cryofilter", *words, "one"])
+    assert job.main([*words, "one"]) == 0
     two = torchrun(*words, "two")
-    assert (one.returncode, two.returncode) == (0, 0), two.stderr
+    assert two.returncode == 0, two.stderr
     states = [load_model(f"{o}/model.safetensors").network.state_dict() for o in ("one", "two")]
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, atol=1e-4, rtol=1e-3, msg=name)
