@@ -10,12 +10,15 @@ from pathlib import Path
 
 import making
 import pytest
+from hypothesis import settings
 from making import ROOT, SHARED  # noqa: F401
 
 # Tests run side by side on few cores, and threads that wait for each other take them. Workers of
 # pytest-xdist and the programs that tests start read this before they load torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+settings.register_profile("unhurried", making.unhurried)
+settings.load_profile("unhurried")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import mrcfile
 import numpy as np
 import torch
-from hypothesis import assume, settings
+from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 
 from relion_cryofilter.data.particles import ParticleSet, particles_of_stacks, read_particles
@@ -425,7 +425,9 @@ def made_set(n=600, n_groups=12, seed=0, spread=0.8):
     return labels, 1 / (1 + np.exp(-logits)), groups
 
 
-unhurried = settings(deadline=None)  # other work may run beside the tests
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+"""Other work may run beside the tests."""
+
 fractions = st.one_of(
     st.integers(1, 100).map(lambda percent: percent / 100),
     st.floats(0, 1, exclude_min=True, allow_subnormal=False),

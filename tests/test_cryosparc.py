@@ -91,6 +91,7 @@ def test_the_real_images_have_the_contrast_that_their_blob_sign_says(shared, tmp
     assert np.loadtxt(csv.splitlines(), delimiter=",")[:, 1].min() > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_simulated_project_scores_the_same_as_star_and_as_cs(sign, tmp_path):
     star = simulate_project(tmp_path / "P1", n_micrographs=3, particles_per_micrograph=30)

@@ -18,6 +18,7 @@ def demo(folder):
     return subprocess.run([*COMMAND, "demo", folder], capture_output=True, text=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_the_demo_filters_a_project_before_and_after_a_training(tmp_path):
     for said in ("Simulating a RELION project", "holds the simulated project already"):
         done = demo(tmp_path / "demo")

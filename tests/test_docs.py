@@ -111,6 +111,7 @@ def screen(environment):
         server.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_commands_of_a_page_run(page, project, environment, screen):
     lacking = []

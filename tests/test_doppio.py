@@ -108,6 +108,7 @@ def pipeline(project):
     return project
 
 
+@pytest.mark.slow
 def test_the_pipeliner_finds_the_three_job_types_and_can_run_them():
     said = pipeliner("--check_jobs", "cryofilter")
     assert "Unavailable" not in said
@@ -117,11 +118,13 @@ def test_the_pipeliner_finds_the_three_job_types_and_can_run_them():
     assert all(job.jobinfo.is_available for job in found.values())
 
 
+@pytest.mark.slow
 def test_the_pipeliners_check_of_its_setup_names_our_jobs_as_ready():
     said = pipeliner(program="pipeliner.check_setup")
     assert all(re.search(rf"{kind}\.+\S*Success", said) for kind in TYPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_pipeliner_writes_default_jobs_information_and_schemas(kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -169,6 +172,7 @@ def test_a_value_becomes_the_words_of_the_command_line(mode, name, value, words)
     assert job_options.problems(mode, options) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name", "value", "message"),
     [
@@ -184,6 +188,7 @@ def test_a_value_that_the_program_refuses_never_becomes_a_job(pipeline, kind, na
     assert not Path("CryoFilter").exists()
 
 
+@pytest.mark.slow
 def test_score_needs_particles_and_train_needs_particles_or_files(pipeline):
     with pytest.raises(ValueError, match="required"):
         run("cryofilter.score.particles")
@@ -191,6 +196,7 @@ def test_score_needs_particles_and_train_needs_particles_or_files(pipeline):
         run("cryofilter.train.particles")
 
 
+@pytest.mark.slow
 def test_score_runs_from_the_command_line_and_its_nodes_are_registered(pipeline):
     folder = run_from_the_command_line(
         "cryofilter.score.particles", in_parts=STAR, weights="model.safetensors",
@@ -206,6 +212,7 @@ def test_score_runs_from_the_command_line_and_its_nodes_are_registered(pipeline)
     assert nodes()["model.safetensors"] == "MlModel.safetensors.cryofilter"
 
 
+@pytest.mark.slow
 def test_the_results_tab_shows_histogram_counts_galleries_and_reports(pipeline):
     job = run("cryofilter.score.particles", in_parts=STAR, weights=["model.safetensors"],
               threshold="keep=0.5", any_contrast=True)  # fmt: skip
@@ -219,6 +226,7 @@ def test_the_results_tab_shows_histogram_counts_galleries_and_reports(pipeline):
     assert {path.suffix for path in Path(job.output_dir, "Thumbnails").iterdir()} == {".png"}
 
 
+@pytest.mark.slow
 def test_an_empty_subset_has_no_node_and_no_gallery(pipeline):
     job = run("cryofilter.score.particles", in_parts=STAR, weights=["model.safetensors"],
               threshold="0", any_contrast=True)  # fmt: skip
@@ -227,6 +235,7 @@ def test_an_empty_subset_has_no_node_and_no_gallery(pipeline):
     assert not [name for name in nodes() if "rejected" in name]
 
 
+@pytest.mark.slow
 def test_a_job_with_bad_input_fails_with_one_sentence_and_leaves_no_particles(pipeline):
     Path("Extract/job001/Mics/mic0.mrcs").unlink()
     folder = run_from_the_command_line(
@@ -237,6 +246,7 @@ def test_a_job_with_bad_input_fails_with_one_sentence_and_leaves_no_particles(pi
     assert not list(folder.glob("particles*.star"))
 
 
+@pytest.mark.slow
 def test_an_aborted_job_ends_as_aborted(pipeline):
     rows = Path(STAR).read_text()
     for number in range(4):
@@ -259,6 +269,7 @@ def test_an_aborted_job_ends_as_aborted(pipeline):
     assert not list(folder.glob(".*.part"))
 
 
+@pytest.mark.slow
 def test_a_continued_job_runs_again_in_its_folder(pipeline):
     job = run("cryofilter.score.particles", in_parts=STAR, weights=["model.safetensors"],
               any_contrast=True)  # fmt: skip
@@ -269,6 +280,7 @@ def test_a_continued_job_runs_again_in_its_folder(pipeline):
     assert (np.loadtxt(Path(job.output_dir, "scores.csv"), delimiter=",") == scores).all()
 
 
+@pytest.mark.slow
 def test_train_score_and_metrics_chain_by_their_nodes(pipeline):
     good, bad = labelled_files(pipeline)
     trained = run("cryofilter.train.particles", pos=[good], neg=[bad], model="straight", f=4,
@@ -289,6 +301,7 @@ def test_train_score_and_metrics_chain_by_their_nodes(pipeline):
     assert not list(Path(trained.output_dir).glob("checkpoint*"))
 
 
+@pytest.mark.slow
 @pytest.mark.relion
 def test_relions_own_select_job_of_the_pipeliner_works_on_with_the_accepted_particles(pipeline):
     job = run("cryofilter.score.particles", in_parts=STAR, weights=["model.safetensors"],

@@ -14,6 +14,7 @@ from relion_cryofilter.errors import UsageError
 from relion_cryofilter.relion.labels import read_labels
 
 
+@pytest.mark.slow
 def test_the_examples_run_one_after_the_other(tmp_path):
     environment = making.command_line(tmp_path / "bin")
     project = tmp_path / "project"

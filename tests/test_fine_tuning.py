@@ -38,6 +38,7 @@ def test_the_bundled_model_is_fine_tuned_by_default():
             assert torch.equal(tensor, model.network.state_dict()[name]), f"{name} is frozen"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("select_project")
 @pytest.mark.parametrize(
     ("words", "name"),
@@ -57,6 +58,7 @@ def test_options_of_other_networks_are_refused_for_d4(capsys):
     assert "--f is for straight and roberts" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("select_project")
 def test_an_ensemble_trains_on_different_micrographs_and_scores_as_the_mean(capsys):
     assert job.main(train_words("--epochs 2 --model straight --f 4 --ensemble 2").split()) == 0

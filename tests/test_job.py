@@ -286,6 +286,7 @@ def long_job(project):
         yield running
 
 
+@pytest.mark.slow
 def test_an_abort_in_mid_run_stops_and_continue_finishes(project):
     with long_job(project) as running:
         Path(JOB, job.ABORT_NOW).touch()
@@ -300,6 +301,7 @@ def test_an_abort_in_mid_run_stops_and_continue_finishes(project):
     assert outcome() == ["SUCCESS"]
 
 
+@pytest.mark.slow
 def test_a_queues_sigterm_becomes_failure(project):
     with long_job(project) as running:
         running.send_signal(signal.SIGTERM)

@@ -89,6 +89,7 @@ def test_a_micrograph_drawn_twice_counts_as_two_micrographs():
     assert bootstrap._weighted_metrics(ranked, weights[ranked.groups]) == pytest.approx(copied)
 
 
+@pytest.mark.slow
 def test_intervals_are_the_percentiles_of_resampled_micrographs():
     labels, scores, groups = made_set(400, 10)
     evaluation = evaluate(labels, scores, groups, THRESHOLD, seed=3, resamples=1000)
@@ -110,6 +111,7 @@ def test_percentiles_are_expanded_where_micrographs_are_few(n_groups, percent):
     assert 100 * bootstrap.expanded_tail(n_groups) == pytest.approx(percent, abs=0.005)
 
 
+@pytest.mark.slow
 def test_the_auc_interval_covers_the_truth_though_images_of_a_micrograph_are_alike():
     truth = sk.roc_auc_score(*made_set(400_000, 20_000, seed=1, spread=1.5)[:2])
     covered = naive = 0

@@ -70,6 +70,7 @@ def test_intervals_hold_the_truth_and_differences_are_paired(data, tmp_path):
     assert results.runs("a", 300) == []
 
 
+@pytest.mark.slow
 def test_the_benchmark_explains_itself():
     command = [sys.executable, str(ROOT / "benchmarks/quality"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -35,6 +35,7 @@ def scoring(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives_and_use_all_scores_again(scoring):
     assert job.main([*scoring, "--o", "one"]) == 0
     two = torchrun(*scoring, "--o", "two")
@@ -54,6 +55,7 @@ def test_two_processes_give_what_one_gives_and_use_all_scores_again(scoring):
     assert Path("two/particles.star").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_fault_in_any_process_leaves_a_failed_job(scoring, tmp_path):
     stacks = sorted(tmp_path.glob("Extract/job001/Mics/*.mrcs"))
     content = bytearray(stacks[-1].read_bytes())
@@ -66,6 +68,7 @@ def test_a_fault_in_any_process_leaves_a_failed_job(scoring, tmp_path):
     assert not Path("two/particles.star").exists()
 
 
+@pytest.mark.slow
 def test_training_in_two_processes_gives_the_model_of_one(tmp_path, monkeypatch):
     """Equal but for rounding: gradients are added up in another order."""
     monkeypatch.chdir(tmp_path)

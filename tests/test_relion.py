@@ -49,6 +49,7 @@ def status():
 PARTICLES = "--in_parts Extract/job001/particles.star --weights model.safetensors"
 
 
+@pytest.mark.slow
 def test_a_job_succeeds_and_its_nodes_are_registered(project, monkeypatch):
     add_job(monkeypatch, f"{PARTICLES} --tta --gpu 0 --j 2")
     run_job()
@@ -63,6 +64,7 @@ def test_a_job_succeeds_and_its_nodes_are_registered(project, monkeypatch):
                            "rlnPipeLineNodeTypeLabel"])  # fmt: skip
 
 
+@pytest.mark.slow
 def test_labels_typed_with_dashes_empty_values_and_several_words_arrive(project, monkeypatch):
     monkeypatch.setattr("relion_cryofilter.relion.templates.write_text", with_odd_parameters)
     add_job(monkeypatch, PARTICLES)
@@ -81,6 +83,7 @@ def with_odd_parameters(path, text):
     Path(path).write_text(text.replace("other_args", f"{extra}other_args"))
 
 
+@pytest.mark.slow
 def test_a_sub_command_in_the_executable_box_works(project, monkeypatch):
     add_job(monkeypatch, PARTICLES, f"{sys.executable} {ROOT / 'external_job.py'} score")
     run_job()
@@ -96,6 +99,7 @@ def test_a_bad_option_is_a_failed_job(project, monkeypatch):
     assert "Did you mean --weights?" in Path(JOB, "run.err").read_text()
 
 
+@pytest.mark.slow
 def test_a_missing_stack_is_a_failed_job_and_continue_mends_it(project, monkeypatch):
     stack = Path("Extract/job001/Mics/mic0.mrcs")
     data = stack.read_bytes()
@@ -136,6 +140,7 @@ sys.exit(main())
 """Our job, but after its first batch it waits for an abort: no clock decides who is first."""
 
 
+@pytest.mark.slow
 def test_abort_in_mid_run_then_continue(project, monkeypatch):
     Path("job.py").write_text(ONE_BATCH)
     add_job(monkeypatch, f"{PARTICLES} --tta --batch_size 2 --j 1", f"{sys.executable} job.py")

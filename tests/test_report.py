@@ -358,6 +358,7 @@ def test_a_measurement_reports_the_whole_labelled_set(labelled, capsys):
     assert "report.html" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_report_of_a_large_set_is_quick_and_small():
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks/report.py", "--n", "100000"],

@@ -44,6 +44,7 @@ def make_schedule(*words):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_schedule_extracts_and_scores_in_turns_as_micrographs_come(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("default_pipeline.star").write_text(EMPTY)
@@ -67,6 +68,7 @@ def test_a_schedule_extracts_and_scores_in_turns_as_micrographs_come(tmp_path, m
                     ("External/job004", "2")]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_schedule_stops_where_its_score_fails(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("default_pipeline.star").write_text(EMPTY)

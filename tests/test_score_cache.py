@@ -156,6 +156,7 @@ def test_two_rows_of_one_image_have_one_score(tmp_path):
     assert np.isnan(ScoreCache(tmp_path, "another", twice).values).all()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_killed_ten_times_scores_each_image_once(project, tmp_path):
     """The kills come at random moments of scoring; Continue ends with the unbroken result."""
     for number in range(6):  # enough work to be killed in

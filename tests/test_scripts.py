@@ -13,6 +13,7 @@ SCRIPTS = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_explains_itself(script):
     command = [sys.executable, str(script), "--help"]
@@ -20,6 +21,7 @@ def test_a_script_explains_itself(script):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_the_memory_benchmark_runs():
     command = [sys.executable, str(ROOT / "benchmarks/memory.py"), "--n", "2000"]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)

@@ -170,6 +170,7 @@ def test_a_damaged_checkpoint_is_started_anew(trained, capsys):
     assert load_model(Path(TRAIN_JOB, "model.safetensors")).hash == first
 
 
+@pytest.mark.slow
 def test_bad_images_are_left_out_of_the_same_split(select_project, capsys):
     path = Path("Extract/job001/Mics/mic1.mrcs")
     data = np.fromfile(path, "<f4", offset=1024).reshape(-1, 32, 32)
@@ -264,6 +265,7 @@ def test_a_finished_training_is_not_done_again(select_project, capsys):
     assert Path(TRAIN_JOB, "model.safetensors").read_bytes() == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["v31", "v5"])
 @pytest.mark.shared("relion_projects")
 def test_real_projects_train_from_their_select_job_and_score(
@@ -288,6 +290,7 @@ def test_real_projects_train_from_their_select_job_and_score(
     assert len(read_particles(Path("External/job010/particles_accepted.star"))) == 100
 
 
+@pytest.mark.slow
 def test_sigkill_in_mid_epoch_then_continue_gives_the_same_weights(select_project):
     shim = [sys.executable, str(ROOT / "external_job.py")]
     words = train_words("--epochs 12 --patience 12 --batch_size 1").split()
@@ -307,6 +310,7 @@ def test_sigkill_in_mid_epoch_then_continue_gives_the_same_weights(select_projec
         assert torch.equal(tensor, resumed.network.state_dict()[name])
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_a_model_and_checks_it(select_project, capsys):
     assert job.main(train_words("--epochs 1 --f 8").split()) == 0
     words = train_words(f"--epochs 1 --init {TRAIN_JOB}model.safetensors").replace(
@@ -318,6 +322,7 @@ def test_fine_tuning_starts_from_a_model_and_checks_it(select_project, capsys):
     assert "--f is 16, but" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("request_text", "code"), [("count=500", 2), ("keep=0.5", 0), ("0.7", 0), ("2020", 0)]
 )
@@ -339,6 +344,7 @@ def test_names_of_2020_keep_working(select_project):
     assert (model.network.name, model.network.dim) == ("roberts", 32)
 
 
+@pytest.mark.slow
 def test_an_abort_in_training_leaves_aborted(select_project):
     Path(TRAIN_JOB).mkdir(parents=True)
     shim = [sys.executable, str(ROOT / "external_job.py")]
@@ -376,6 +382,7 @@ def test_metrics_measures_on_all_or_on_the_test_part(with_models, capsys):
         assert set(next(csv.DictReader(file))) == {"image", "micrograph", "label", "score"}
 
 
+@pytest.mark.slow
 def test_metrics_on_micrographs_that_the_model_has_seen_warns(select_project, capsys):
     lines = Path("Extract/job001/particles.star").read_text().splitlines(keepends=True)
     for name, first in (("good", True), ("bad", False)):
