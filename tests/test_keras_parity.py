@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from making import write_keras
+from making import SHARED, write_keras
 
 from relion_cryofilter.errors import CryoFilterError
 from relion_cryofilter.nn.checkpoint import load_model
@@ -23,7 +23,7 @@ from relion_cryofilter.nn.networks import build_network
 
 h5py = pytest.importorskip("h5py", reason="h5py is missing: Keras files can't be read")
 
-REFERENCE = Path(__file__).resolve().parents[1].parent / "shared" / "keras"
+REFERENCE = SHARED / "keras"
 NETWORKS = {"roberts": ("hackathon_roberts.h5", 32), "straight": ("straight_f64.h5", 64)}
 FOUR_DECIMALS = 6e-5
 
