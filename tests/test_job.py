@@ -76,12 +76,11 @@ def test_scores_in_star_and_csv_agree_and_decide(project):
     assert kept == [value for value in values if value >= 0.3]
 
 
-def test_nothing_to_accept_is_neither_written_nor_registered(project):
-    assert job.main(score_words("--threshold 0").split()) == 0
+def test_nothing_to_accept_is_neither_written_nor_registered(scored, capsys):
     assert Path(JOB, "particles_accepted.star").exists()
-    done = run(score_words("--threshold 1"))
-    assert done.returncode == 0
-    assert "No particles for particles_accepted.star, so it is not written." in done.stdout
+    assert job.main(score_words("--threshold 1").split()) == 0
+    said = capsys.readouterr().out
+    assert "No particles for particles_accepted.star, so it is not written." in said
     assert not Path(JOB, "particles_accepted.star").exists()
     assert "accepted" not in Path(JOB, "RELION_OUTPUT_NODES.star").read_text()
 
@@ -119,11 +118,12 @@ def test_a_bad_option_leaves_failure_and_one_sentence(project, capsys, more, mes
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_a_missing_stack_fails_before_anything_is_written(project):
+def test_a_missing_stack_fails_before_anything_is_written(project, capsys):
     Path("Extract/job001/Mics/mic1.mrcs").unlink()
-    done = run(score_words())
+    assert job.main(score_words().split()) == 1
     assert outcome() == ["FAILURE"]
-    assert "12 of 48 images can't be used: 12 in stacks that can't be read" in done.stderr
+    said = capsys.readouterr().err
+    assert "12 of 48 images can't be used: 12 in stacks that can't be read" in said
     assert not any(Path(JOB, name).exists() for name in RESULTS)
     assert job.main(score_words("--skip_bad").split()) == 0
     assert outcome() == ["SUCCESS"]
@@ -190,6 +190,7 @@ def test_a_shim_that_lost_its_package_leaves_failure(project, tmp_path_factory):
     assert "relion_cryofilter can't be loaded" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_shim_found_through_a_link_finds_its_package(project, tmp_path_factory):
     link = tmp_path_factory.mktemp("link") / "job.py"
     link.symlink_to(SHIM)
@@ -312,15 +313,13 @@ def test_a_queues_sigterm_becomes_failure(project):
     assert not list(Path(JOB).glob(".*part"))
 
 
-def test_a_rerun_gives_the_same_bytes(project):
-    assert job.main(score_words().split()) == 0
+def test_a_rerun_gives_the_same_bytes(scored):
     first = {name: Path(JOB, name).read_bytes() for name in RESULTS}
     assert job.main(score_words().split()) == 0
     assert first == {name: Path(JOB, name).read_bytes() for name in RESULTS}
 
 
-def test_scoring_a_scored_file_overwrites_the_column(project):
-    assert job.main(score_words().split()) == 0
+def test_scoring_a_scored_file_overwrites_the_column(scored):
     words = f"score --o again --in_parts {JOB}particles.star --weights model.safetensors"
     assert job.main(words.split()) == 0
     assert Path("again/particles.star").read_bytes() == Path(JOB, "particles.star").read_bytes()
@@ -379,10 +378,10 @@ def test_nodes_carry_the_label_of_the_relion_that_asks(tmp_path, job_star_text, 
     assert not (tmp_path / "RELION_OUTPUT_NODES.star").exists()
 
 
-def test_the_bundled_model_scores_with_its_own_threshold_and_a_warning(project):
-    done = run(f"--o {JOB} --in_parts Extract/job001/particles.star --j 1")
-    assert done.returncode == 0, done.stderr
-    assert "WARNING: The bundled model knows simulated particles only." in done.stdout
+def test_the_bundled_model_scores_with_its_own_threshold_and_a_warning(project, capsys):
+    assert job.main(f"--o {JOB} --in_parts Extract/job001/particles.star --j 1".split()) == 0
+    said = capsys.readouterr().out
+    assert "WARNING: The bundled model knows simulated particles only." in said
 
 
 def test_job_says_where_it_should_be_run(tmp_path, monkeypatch, capsys):

@@ -329,6 +329,7 @@ def labelled(project):
     return "--pos good.star --neg bad.star --any_contrast"
 
 
+@pytest.mark.slow
 def test_a_training_reports_its_test_part_its_epochs_and_its_doubts(labelled):
     assert job.main(f"train --o {JOB} {labelled} --epochs 2 --model straight --f 4".split()) == 0
     text = Path(JOB, "report.html").read_text()

@@ -151,6 +151,7 @@ def test_a_page_of_one_particle_opens(project, browser):
     assert page.errors() == []
 
 
+@pytest.mark.slow
 def test_a_labelled_page_counts_good_and_bad(project, browser):
     lines = Path("Extract/job001/particles.star").read_text().splitlines(keepends=True)
     for name, good in (("good", True), ("bad", False)):

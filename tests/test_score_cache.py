@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,11 +22,27 @@ OUT = "External/job002/"
 JOURNAL = Path(OUT) / "score_cache.journal"
 
 
+def project_of_120():
+    tiny_model().save("model.safetensors")
+    return write_project(Path(), n_micrographs=6, per_micrograph=20)
+
+
+def project_scored_by_sevens():
+    project_of_120()
+    assert score("--batch_size", "7") == 0
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny_model().save("model.safetensors")
-    return write_project(tmp_path, n_micrographs=6, per_micrograph=20)
+    return project_of_120()
+
+
+@pytest.fixture
+def scored(made_once, tmp_path, monkeypatch):
+    """The same, scored once in batches of seven."""
+    shutil.copytree(made_once(project_scored_by_sevens), tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
 
 
 def score(*words):
@@ -65,6 +82,7 @@ def test_a_second_run_scores_nothing_and_writes_the_same(project, capsys):
     assert outputs() == first
 
 
+@pytest.mark.slow
 def test_a_grown_star_file_scores_only_what_is_new(project, tmp_path, capsys):
     text = project.read_bytes()
     head, rows = text.split(b"_rlnDefocusAngle #7\n")
@@ -81,18 +99,14 @@ def test_a_grown_star_file_scores_only_what_is_new(project, tmp_path, capsys):
     assert outputs() == grown
 
 
-def test_a_changed_stack_is_scored_again(project, tmp_path, capsys):
-    assert score() == 0
-    scored_now(capsys)
+def test_a_changed_stack_is_scored_again(scored, tmp_path, capsys):
     write_stack(tmp_path / "Extract/job001/Mics/mic2.mrcs", blobs(20, 32, 99))
     assert score() == 0
     assert scored_now(capsys) == 20
 
 
 @pytest.mark.parametrize("words", [["--tta"], ["--precision", "bf16"], "other model"])
-def test_other_models_and_options_score_all_again(project, words, capsys):
-    assert score() == 0
-    scored_now(capsys)
+def test_other_models_and_options_score_all_again(scored, words, capsys):
     if words == "other model":
         tiny_model(seed=5).save("model.safetensors")
         words = []
@@ -101,12 +115,10 @@ def test_other_models_and_options_score_all_again(project, words, capsys):
 
 
 @pytest.mark.parametrize("cut", [1, 7, 300])
-def test_a_cut_off_journal_is_used_as_far_as_it_is_whole(project, cut, capsys):
-    assert score("--batch_size", "7") == 0
+def test_a_cut_off_journal_is_used_as_far_as_it_is_whole(scored, cut, capsys):
     first = outputs()
     os.truncate(JOURNAL, JOURNAL.stat().st_size - cut)
     kept = sum(len(record.places) for record in records())
-    capsys.readouterr()
     assert kept < 120
     assert score("--batch_size", "7") == 0
     assert scored_now(capsys) == 120 - kept
@@ -114,8 +126,7 @@ def test_a_cut_off_journal_is_used_as_far_as_it_is_whole(project, cut, capsys):
     assert sum(len(record.places) for record in records()) == 120
 
 
-def test_a_damaged_journal_is_noticed_and_rebuilt(project, capsys):
-    assert score("--batch_size", "7") == 0
+def test_a_damaged_journal_is_noticed_and_rebuilt(scored, capsys):
     first = outputs()
     content = bytearray(JOURNAL.read_bytes())
     content[len(content) // 2] ^= 0xFF
