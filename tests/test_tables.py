@@ -154,6 +154,7 @@ def halves():
 TRAINING = {"model": "straight", "f": 4, "epochs": 3, "seed": 1, "j": 1, "any_contrast": True}
 
 
+@pytest.mark.slow
 def test_training_on_tables_gives_the_model_of_the_job_on_files(project):
     good, bad = halves()
     told = []
@@ -194,6 +195,7 @@ def run_example(folder, name, *words):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_that_scores_a_table_writes_the_accepted_particles(simulated):
     assert re.search(
         r"\d+ of 144 accepted", run_example(simulated, "score_table", STAR, "out.star")
@@ -203,6 +205,7 @@ def test_the_example_that_scores_a_table_writes_the_accepted_particles(simulated
     assert particles.optics[0].pixel_size_angstrom == 3.0
 
 
+@pytest.mark.slow
 def test_the_example_that_trains_on_a_table_measures_on_new_micrographs(simulated):
     said = run_example(simulated, "train_table", STAR, "truth.csv", "trained.safetensors")
     auc = float(re.search(r"AUC (\d\.\d+) .* on 48 particles of 3 new micrographs", said)[1])
@@ -210,6 +213,7 @@ def test_the_example_that_trains_on_a_table_measures_on_new_micrographs(simulate
     assert load_model(simulated / "trained.safetensors").provenance["n_good"] > 10
 
 
+@pytest.mark.slow
 def test_the_example_that_compares_thresholds_tells_its_progress(simulated):
     said = run_example(simulated, "compare_thresholds", STAR)
     assert "144 of 144 particles scored" in said

@@ -154,6 +154,7 @@ OUTPUTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_other_images_is_not_gone_on_from(trained, capsys):
     stack = Path("Extract/job001/Mics/mic0.mrcs")
     os.utime(stack, (1, 1))
@@ -161,6 +162,7 @@ def test_a_checkpoint_of_other_images_is_not_gone_on_from(trained, capsys):
     assert "of another training; starting anew (other: stacks)" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_started_anew(trained, capsys):
     first = load_model(Path(TRAIN_JOB, "model.safetensors")).hash
     data = Path(TRAIN_JOB, "checkpoint_last.pt").read_bytes()
@@ -187,6 +189,7 @@ def test_bad_images_are_left_out_of_the_same_split(select_project, capsys):
         assert {row["image"] for row in csv.DictReader(file)} == trained
 
 
+@pytest.mark.slow
 def test_a_stack_that_is_gone_is_left_out_of_a_training(select_project, capsys):
     Path("Extract/job001/Mics/mic1.mrcs").unlink()
     assert job.main(train_words("--epochs 1 --skip_bad").split()) == 0
@@ -234,6 +237,7 @@ def test_a_training_job_leaves_model_history_and_figures(select_project, capsys)
     assert "operating_curve" in model.provenance
 
 
+@pytest.mark.slow
 def test_score_tells_what_validation_said_of_its_threshold(trained, capsys):
     base = "score --o S/ --in_parts Extract/job001/particles.star --weights "
     base += f"{TRAIN_JOB}model.safetensors"
@@ -246,6 +250,7 @@ def test_score_tells_what_validation_said_of_its_threshold(trained, capsys):
         assert "count" not in request or "10 accepted" in text
 
 
+@pytest.mark.slow
 def test_negatives_scaled_differently_raise_a_warning_in_the_log(select_project, capsys):
     for number in (0, 1):
         path = Path(f"Extract/job001/Mics/mic{number}.mrcs")
@@ -257,6 +262,7 @@ def test_negatives_scaled_differently_raise_a_warning_in_the_log(select_project,
     assert "normalised or extracted differently" in text
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_not_done_again(select_project, capsys):
     assert job.main(train_words("--epochs 1").split()) == 0
     first = Path(TRAIN_JOB, "model.safetensors").read_bytes()
@@ -334,6 +340,7 @@ def test_the_threshold_to_store_is_by_request(select_project, request_text, code
         assert fixed is None or model.threshold == fixed
 
 
+@pytest.mark.slow
 def test_names_of_2020_keep_working(select_project):
     words = "train --pos Extract/job001/Mics/mic2.mrcs Extract/job001/Mics/mic3.mrcs --neg "
     words += "Extract/job001/Mics/mic0.mrcs --out_dir a/ --weight_dir b/ --history_dir c/ "
