@@ -25,12 +25,11 @@ from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from relion_cryofilter.commands.models import BUNDLED_MODEL
-from relion_cryofilter.data.simulate import random_molecule, simulate_images
-from relion_cryofilter.nn.checkpoint import load_model
-from relion_cryofilter.nn.network import Network
-from relion_cryofilter.nn.preprocess import FourierCrop
-from relion_cryofilter.nn.small_images import noise_images
+from relion_cryofilter.images.preprocess import FourierCrop
+from relion_cryofilter.images.small_images import noise_images
+from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
+from relion_cryofilter.nn.networks import Network
+from relion_cryofilter.simulate import random_molecule, simulate_images
 
 SETS = ((0.05, 96, 0.5), (0.02, 80, 0.4), (0.1, 72, 0.35))  # SNR, box in px, diameter / box
 N_IMAGES = 1260

@@ -46,7 +46,7 @@ def score(folder: str) -> None:
 
     from relion_cryofilter import ScoreOptions, load_model
     from relion_cryofilter import score as score_job
-    from relion_cryofilter.commands.models import BUNDLED_MODEL
+    from relion_cryofilter.nn.model import BUNDLED_MODEL
 
     model = load_model(BUNDLED_MODEL)
     model.probabilities(torch.zeros(32, 1, model.network.dim, model.network.dim))

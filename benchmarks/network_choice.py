@@ -2,16 +2,19 @@
 
     python benchmarks/network_choice.py --work FOLDER [--epochs 3] [--out FILE]
 
-FOLDER holds the simulated small images of examples/pretrain.py (or gets them). Every candidate
-sees the same micrographs, for the same number of epochs, with the same rate; one micrograph of
-ten is kept for the figure. Those that are not D4-equivariant are trained on flips and quarter
-turns. Speed is that of the network alone, float32, channels last, batch norms folded, one thread,
-micro-batches of 32, the best of five; with --epochs 0 nothing but speed is measured, for a
-machine that was busy in training.
+FOLDER holds the simulated small images of benchmarks/pretraining/pretrain.py (or gets them). Every
+candidate sees the same micrographs, for the same number of epochs, with the same rate; one
+micrograph of ten is kept for the figure. Those that are not D4-equivariant are trained on flips
+and quarter turns. Speed is that of the network alone, float32, channels last, batch norms folded,
+one thread, micro-batches of 32, the best of five; with --epochs 0 nothing but speed is measured,
+for a machine that was busy in training.
 """
+
+from __future__ import annotations
 
 import argparse
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,14 +26,17 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from relion_cryofilter.data.labelled import Split
-from relion_cryofilter.data.simulate import simulate_varied
-from relion_cryofilter.nn.equivariant import D4
-from relion_cryofilter.nn.network import Network, plane
-from relion_cryofilter.nn.preprocess import FourierCrop, d4_views
-from relion_cryofilter.nn.small_images import InMemory
-from relion_cryofilter.nn.training import Settings, Trainer, predict
+from relion_cryofilter.images.preprocess import FourierCrop, d4_views
+from relion_cryofilter.images.small_images import InMemory
+from relion_cryofilter.nn.d4 import D4
+from relion_cryofilter.nn.networks import Network, plane
+from relion_cryofilter.nn.trainer import Settings, Trainer, TrainingData, predict
+from relion_cryofilter.particles.splits import Split
 from relion_cryofilter.progress import Progress
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "pretraining"))
+
+from variety import simulate_varied
 
 
 class ConvNorm(nn.Module):
@@ -131,7 +137,11 @@ def judge(network: Network, images: InMemory, labels: np.ndarray, split: Split, 
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            network, images, labels, split, settings, Path(folder) / "checkpoint.pt", {}
+            network,
+            TrainingData(images, labels, split),
+            settings,
+            Path(folder) / "checkpoint.pt",
+            {},
         )
         trainer.run(Progress(1, "image steps"))
     seconds = (time.monotonic() - start) / epochs

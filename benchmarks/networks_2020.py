@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 import relion_cryofilter
-from relion_cryofilter.data.simulate import simulate_project
+from relion_cryofilter.simulate import simulate_project
 
 REAL = ("apoferritin_10146", "trpv1_10059")
 SIMULATED = {"simulated, SNR 0.05": (0.05, 11), "simulated, SNR 0.02": (0.02, 12)}

@@ -11,20 +11,21 @@ import resource
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import mrcfile
 import numpy as np
 
-from relion_cryofilter.commands.closing import FEATURE_SAMPLE
-from relion_cryofilter.commands.report import (
-    Scored,
-    write_score_report,
-)
-from relion_cryofilter.data.bad_images import BadImages
-from relion_cryofilter.data.particles import read_particles
+from relion_cryofilter.files import LOGFILE, REPORT
+from relion_cryofilter.images.bad import BadImages
+from relion_cryofilter.nn.model import read_models
 from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.options import ScoreOptions
-from relion_cryofilter.result_files import LOGFILE, REPORT
+from relion_cryofilter.particles.particles import read_particles
+from relion_cryofilter.results.outputs import FEATURE_SAMPLE
+from relion_cryofilter.results.report import score_report
+from relion_cryofilter.results.report_files import write_report
+from relion_cryofilter.thresholds import Chosen
 
 MICROGRAPHS, IMAGES, BOX_PX = 2000, 500, 128
 LABELS = (
@@ -59,10 +60,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write_set(Path(folder), n)
         particles = read_particles(path)
-        scored = made_up(particles, path.parent)
+        made = made_up(particles, path.parent)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start, start_cpu = time.monotonic(), time.process_time()
-        write_score_report(scored)
+        write_report(path.parent, lambda: score_report(*made))
         seconds, cpu = time.monotonic() - start, time.process_time() - start_cpu
         after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(f"{n:,} particles: {seconds:.1f} s ({cpu:.1f} s of the processor)")
@@ -94,8 +95,8 @@ def write_set(folder: Path, n: int) -> Path:
     return path
 
 
-def made_up(particles, folder: Path) -> Scored:
-    """Return scores as a filter gives them, and features to match."""
+def made_up(particles, folder: Path) -> tuple[Any, ...]:
+    """Return what `score` knows: scores as a filter gives them, and features to match."""
     rng = np.random.default_rng(1)
     n = len(particles)
     quality = rng.beta(2, 2, MICROGRAPHS)[particles.micrograph_of]
@@ -107,7 +108,8 @@ def made_up(particles, folder: Path) -> Scored:
         values, BadImages(particles), 100.0, sampled=sampled, features=features.astype(np.float32)
     )
     options = ScoreOptions(in_parts=folder / "particles.star", o=folder, j=1)
-    return Scored(options, particles, "made up", scores, values, 0.5, "as asked", values >= 0.5)
+    chosen = Chosen(values, values >= 0.5, 0.5, "as asked")
+    return options, particles, read_models(), scores, chosen
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def lines_of(options: argparse.Namespace) -> list[dict[str, object]]:
 
 def make(folder: Path, n: int, box: int) -> None:
     """Write float32 and float16 stacks, unless they are there."""
-    from relion_cryofilter.data.stacks import read_header
+    from relion_cryofilter.particles.stacks import read_header
 
     rng = np.random.default_rng(0)
     images = rng.normal(size=(PER_STACK, box, box)).astype(np.float32)
@@ -91,10 +91,10 @@ def clocked(work: Callable[[], None]) -> tuple[float, float]:
 
 def measure(line: dict[str, object]) -> dict[str, float]:
     """Read and score in this process, score as in 2020, or only start."""
-    from relion_cryofilter.data.bad_images import check_stacks
-    from relion_cryofilter.data.particles import particles_of_stacks
-    from relion_cryofilter.nn.pipeline import map_batches
-    from relion_cryofilter.nn.scoring import score_particles
+    from relion_cryofilter.images.bad import check_stacks
+    from relion_cryofilter.images.batches import map_batches
+    from relion_cryofilter.nn.scoring import How, score_particles
+    from relion_cryofilter.particles.particles import particles_of_stacks
     from relion_cryofilter.progress import Progress
 
     paths = sorted((Path(str(line["work"])) / str(line["images"])).glob("*.mrcs"))
@@ -114,12 +114,12 @@ def measure(line: dict[str, object]) -> dict[str, float]:
 
     def score() -> None:
         score_particles(
-            particles, [model], Progress(len(rows), "particles"), threads=threads,
-            tta=bool(line["tta"]),
+            particles, [model], Progress(len(rows), "particles"),
+            How(threads=threads, tta=bool(line["tta"])),
         )  # fmt: skip
 
     warm = particles.take(rows[:64])
-    score_particles(warm, [model], Progress(64, "particles"), tta=bool(line["tta"]))
+    score_particles(warm, [model], Progress(64, "particles"), How(tta=bool(line["tta"])))
     read()
     if isinstance(line["disk"], int):
         pace(line["disk"] * 1e6)
@@ -136,10 +136,9 @@ def measure(line: dict[str, object]) -> dict[str, float]:
 def time_to_first_batch(path: Path, began: float) -> float:
     """Return seconds from the start of the process to the end of a small first batch."""
     import relion_cryofilter.commands.score  # noqa: F401  # all that the job imports
-    from relion_cryofilter.commands.models import BUNDLED_MODEL
-    from relion_cryofilter.data.particles import particles_of_stacks
-    from relion_cryofilter.nn.checkpoint import load_model
+    from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
     from relion_cryofilter.nn.scoring import score_particles
+    from relion_cryofilter.particles.particles import particles_of_stacks
     from relion_cryofilter.progress import Progress
 
     one = particles_of_stacks([path]).take(np.arange(1))
@@ -149,7 +148,7 @@ def time_to_first_batch(path: Path, began: float) -> float:
 
 def pace(bytes_per_second: float) -> None:
     """Let all threads together read so many bytes a second from now on."""
-    from relion_cryofilter.data import stacks
+    from relion_cryofilter.particles import stacks
 
     read, disk = stacks._read_fully, threading.Lock()
 
@@ -178,10 +177,9 @@ def model_of(line: dict[str, object]):
 
     import torch
 
-    from relion_cryofilter.commands.models import BUNDLED_MODEL, PRECISIONS
-    from relion_cryofilter.nn.checkpoint import Model, load_model
+    from relion_cryofilter.images.preprocess import BlurResize
+    from relion_cryofilter.nn.model import BUNDLED_MODEL, PRECISIONS, Model, load_model
     from relion_cryofilter.nn.networks import build_network
-    from relion_cryofilter.nn.preprocess import BlurResize
 
     precision = PRECISIONS[str(line["precision"])]
     if line["model"] == "default":
@@ -199,8 +197,8 @@ def rate_of_2020(path: Path, model: str, tta: bool) -> float:
     import torch
     from program_2020 import prepared
 
+    from relion_cryofilter.images.preprocess import d4_views
     from relion_cryofilter.nn.networks import build_network
-    from relion_cryofilter.nn.preprocess import d4_views
 
     name, dim = model.split() if " " in model else ("roberts", "28")
     torch.set_num_threads(1)

@@ -49,12 +49,13 @@ OURS = """
 import sys
 from pathlib import Path
 import numpy as np
-from relion_cryofilter.commands.subsets import table_of, write_all_with_scores
-from relion_cryofilter.data.particles import read_particles
-particles = read_particles(sys.argv[1])
+from relion_cryofilter.files import ACCEPTED, ALL, REJECTED
+from relion_cryofilter.particles.particles import read_particles
+particles, out = read_particles(sys.argv[1]), Path(sys.argv[2])
 scores = np.random.default_rng(0).random(len(particles))
-table = table_of(particles, "rlnParticleFigureOfMerit")
-write_all_with_scores(Path(sys.argv[2]), table, scores > 0.4, scores)
+accepted = scores > 0.4
+subsets = {ACCEPTED: accepted, REJECTED: ~accepted, ALL: np.ones_like(accepted)}
+particles.table.write({out / name: mask for name, mask in subsets.items()}, scores)
 """
 STARFILE = """
 import sys

@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+from relion_cryofilter.kinds import KINDS
 from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, JobOptions, Options
 
 PAGE = Path(__file__).with_name("options.md")
@@ -25,18 +26,6 @@ An option that is on or off takes nothing, `Yes`, `No`, `true`, `false`, `1` or 
 separated by spaces (paths) or commas (numbers). There are no abbreviations: an unknown option is an
 error that names the nearest one.
 """
-KINDS = {
-    "flag": "Yes or No",
-    "integer": "whole number",
-    "integers": "numbers",
-    "number": "number",
-    "text": "word",
-    "label": "column",
-    "path": "path",
-    "paths": "paths",
-    "gpu": "GPUs",
-    "threshold": "request",
-}
 RELION_TEXT = """
 ## Given by RELION
 
@@ -72,7 +61,7 @@ def _row(item: Field[Any]) -> str:
 
 
 def _value(item: Field[Any]) -> str:
-    text = KINDS[item.metadata["kind"]]
+    text = KINDS[item.metadata["kind"]].words
     low, high = item.metadata.get("low"), item.metadata.get("high")
     if item.metadata.get("choices"):
         return ", ".join(f"`{choice}`" for choice in item.metadata["choices"])

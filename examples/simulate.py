@@ -10,10 +10,11 @@ what each image really is.
 import argparse
 from pathlib import Path
 
-from relion_cryofilter.data.simulate import simulate_project, simulate_selection
+from relion_cryofilter.simulate import simulate_project, simulate_selection
 
 
 def main() -> None:
+    """Simulate and say where the project is."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="new folder for the project")
     parser.add_argument("--micrographs", type=int, default=12)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from relion_cryofilter.processes import __version__
+
 if TYPE_CHECKING:
     from relion_cryofilter.api import (
         ParticleScores,
@@ -24,9 +26,8 @@ if TYPE_CHECKING:
     from relion_cryofilter.commands.score import score
     from relion_cryofilter.commands.select import select
     from relion_cryofilter.commands.train import train
-    from relion_cryofilter.data.particles import ParticleSet, read_particles
     from relion_cryofilter.errors import CryoFilterError
-    from relion_cryofilter.nn.checkpoint import Model, load_model
+    from relion_cryofilter.nn.model import Model, load_model
     from relion_cryofilter.nn.scoring import Scores, score_particles
     from relion_cryofilter.options import (
         ConvertOptions,
@@ -35,33 +36,21 @@ if TYPE_CHECKING:
         SelectOptions,
         TrainOptions,
     )
+    from relion_cryofilter.particles.particles import ParticleSet, read_particles
 
-__version__ = "0.1.0"
-
-_HOME = {
-    "ConvertOptions": "options",
-    "CryoFilterError": "errors",
-    "MetricsOptions": "options",
-    "Model": "nn.checkpoint",
-    "ParticleScores": "api",
-    "ParticleSet": "data.particles",
-    "ScoreOptions": "options",
-    "Scores": "nn.scoring",
-    "SelectOptions": "options",
-    "TrainOptions": "options",
-    "Training": "api",
-    "convert": "commands.convert",
-    "evaluate_model": "api",
-    "load_model": "nn.checkpoint",
-    "metrics": "commands.metrics",
-    "read_particles": "data.particles",
-    "score": "commands.score",
-    "score_images": "api",
-    "score_particles": "nn.scoring",
-    "select": "commands.select",
-    "train": "commands.train",
-    "train_model": "api",
+_ROOMS = {
+    "api": ("ParticleScores", "Training", "evaluate_model", "score_images", "train_model"),
+    "commands.convert": ("convert",),
+    "commands.metrics": ("metrics",),
+    "commands.score": ("score",),
+    "commands.select": ("select",),
+    "commands.train": ("train",),
+    "errors": ("CryoFilterError",),
+    "nn.model": ("Model", "load_model"),
+    "nn.scoring": ("Scores", "score_particles"),
+    "particles.particles": ("ParticleSet", "read_particles"),
 }
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "ConvertOptions",
     "CryoFilterError",
@@ -74,6 +63,7 @@ __all__ = [
     "SelectOptions",
     "TrainOptions",
     "Training",
+    "__version__",
     "convert",
     "evaluate_model",
     "load_model",
@@ -89,6 +79,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    room = _ROOM_OF.get(name) or ("options" if name.endswith("Options") else "")
+    if name not in __all__ or not room:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(f"{__name__}.{room}"), name)

@@ -6,88 +6,70 @@
 >>> scores = score_images(particles, "model.safetensors", threshold="keep=0.6")  # doctest: +SKIP
 >>> best = scores.to_frame()[scores.accepted]  # doctest: +SKIP
 
-Nothing is written here but what `train_model` is told to. The jobs (`score`, `train`, `metrics`
-with their options) write what RELION and people look at.
+Nothing is written here but what `train_model` is told to. Where particles, images, models or
+options are wrong the functions raise `CryoFilterError`. The jobs (`score`, `train`, `metrics` with
+their options) write what RELION and people look at.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
-from relion_cryofilter.commands.contrast import check_contrast
-from relion_cryofilter.commands.evaluation import measure
-from relion_cryofilter.commands.fitting import model_name
-from relion_cryofilter.commands.judging import judge, score_as_told
-from relion_cryofilter.commands.models import (
-    check_pixel_size,
-    check_request,
-    in_precision,
-    read_models,
-)
-from relion_cryofilter.commands.train import train_on
-from relion_cryofilter.data.frames import (
-    Table,
+from relion_cryofilter.commands.train import write_trained
+from relion_cryofilter.errors import UsageError, suggestion
+from relion_cryofilter.evaluation import Evaluation
+from relion_cryofilter.files import SCORE_LABEL
+from relion_cryofilter.images.contrast import check_contrast
+from relion_cryofilter.nn.measurement import measure
+from relion_cryofilter.nn.model import Model, Models, read_models
+from relion_cryofilter.nn.scoring import How, Scores, score_particles
+from relion_cryofilter.nn.training import Trained, train_models
+from relion_cryofilter.options import LabelOptions, ModelOptions, TrainOptions
+from relion_cryofilter.particles.labels import LabelledSet, labelled_particles
+from relion_cryofilter.particles.particles import ParticleSet
+from relion_cryofilter.particles.tables import (
+    Frames,
     frame_of,
     is_table,
     particles_of_table,
-    table_of_columns,
+    read_particle_file,
     table_of_particles,
 )
-from relion_cryofilter.data.labelled import LabelledSet
-from relion_cryofilter.data.particles import ParticleSet, read_particles
-from relion_cryofilter.data.star_labels import SCORE_LABEL
-from relion_cryofilter.errors import UsageError
-from relion_cryofilter.files import read_csv
-from relion_cryofilter.nn.checkpoint import Model, load_model
-from relion_cryofilter.nn.scoring import Scores
-from relion_cryofilter.options import LabelOptions, ModelOptions, TrainOptions
 from relion_cryofilter.progress import Listener, Progress, listening
-from relion_cryofilter.relion.labels import labelled_particles
-from relion_cryofilter.result_files import HISTORY, METRICS, PREDICTIONS
-from relion_cryofilter.results.metrics import Evaluation
-from relion_cryofilter.wording import suggestion
+from relion_cryofilter.results.outputs import write_history
+from relion_cryofilter.thresholds import Chosen
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Particles: TypeAlias = str | Path | Table | ParticleSet
+Particles: TypeAlias = str | Path | Frames | ParticleSet
 """A STAR file, a table with rlnImageName, tables as `starfile.read` gives them, or a set."""
 
-Models: TypeAlias = str | Path | Model | Sequence[str | Path | Model] | None
+SomeModels: TypeAlias = str | Path | Model | Sequence[str | Path | Model] | None
 """A model or its file, several (their scores are averaged), or None for the bundled one."""
 
+KindOfOptions = TypeVar("KindOfOptions", ModelOptions, TrainOptions)
 
-ChosenT = TypeVar("ChosenT", ModelOptions, TrainOptions)
 
-
-@dataclass(frozen=True)
-class ParticleScores:
+@dataclass(frozen=True, eq=False)
+class ParticleScores(Chosen):
     """Scores of particles, row for row, and which of them are accepted.
 
     Attributes
     ----------
-    values
-        (n,) 0 (junk) to 1 (particle), six decimals.
-    accepted
-        (n,) bool, True from the threshold on; bad images never.
-    threshold, reason
-        The threshold and where it is from.
+    values, accepted, threshold, reason
+        See `Chosen`.
     bad
         Rows of images that could not be used, with `skip_bad`; they score 0.
     """
 
-    values: np.ndarray
-    accepted: np.ndarray
-    threshold: float
-    reason: str
     bad: np.ndarray
     _table: Any = field(repr=False)
 
@@ -104,7 +86,7 @@ class ParticleScores:
         return frame.assign(**{SCORE_LABEL: self.values})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Training:
     """What a training gives.
 
@@ -113,26 +95,27 @@ class Training:
     models
         One, or those of the ensemble.
     figures
-        What metrics.json holds: the figures of the test part and the self-tests.
+        Figures of the test part with intervals, and the self-tests, as in metrics.json.
     """
 
     models: tuple[Model, ...]
-    figures: Mapping[str, Any] = field(repr=False)
-    _history: list[dict[str, str]] = field(repr=False)
-    _predictions: list[dict[str, str]] = field(repr=False)
+    figures: dict[str, Any] = field(repr=False)
+    _trained: Trained = field(repr=False)
 
     def history(self) -> pd.DataFrame:
         """Return loss, accuracy and AUC of each epoch (of the first model)."""
-        return table_of_columns(self._history).astype(float)
+        import pandas as pd
+
+        return pd.DataFrame([asdict(epoch) for epoch in self._trained.histories[0]]).astype(float)
 
     def predictions(self) -> pd.DataFrame:
         """Return image, micrograph, label and score of each test particle."""
-        return table_of_columns(self._predictions).astype({"label": int, "score": float})
+        return self._trained.measured.to_frame()
 
 
 def score_images(
     particles: Particles,
-    model: Models = None,
+    model: SomeModels = None,
     *,
     folder: str | Path = "",
     progress: Listener | None = None,
@@ -145,7 +128,7 @@ def score_images(
     particles
         n particles, see `Particles`.
     model
-        See `Models`.
+        See `SomeModels`.
     folder
         The RELION project that image paths of a table are relative to; the working directory if
         not given.
@@ -154,22 +137,13 @@ def score_images(
         it raises ends the work.
     **options
         As of `ModelOptions`: threshold, tta, skip_bad, any_contrast, j, gpu, batch_size, …
-
-    Raises
-    ------
-    CryoFilterError
-        Something is wrong with the particles, the images, a model or an option.
     """
     chosen = _chosen(ModelOptions, options)
     found, models = _read(particles, folder), _models(model, chosen)
-    check_request(chosen.threshold, models)
-    check_contrast(found, models, chosen)
-    scores = _scores(found, models, chosen, progress)
-    judged = judge(scores, models, chosen.threshold)
+    scores = _scores(found, found, models, chosen, progress)
+    accepted = models.choose(scores.values, chosen.threshold, scores.bad.rows)
     table = particles if is_table(particles) else found
-    return ParticleScores(
-        judged.values, judged.accepted, judged.threshold, judged.reason, scores.bad.rows, table
-    )
+    return ParticleScores(**vars(accepted), bad=scores.bad.rows, _table=table)
 
 
 def train_model(
@@ -191,12 +165,7 @@ def train_model(
     **options
         As of `TrainOptions`: epochs, seed, split, model, init, ensemble, threshold, …  With
         ``o="folder/"`` what the job writes stays there: the model, figures and a checkpoint from
-        which a stopped training goes on.
-
-    Raises
-    ------
-    CryoFilterError
-        Something is wrong with the particles, the images or an option.
+        which a stopped training is resumed.
     """
     chosen = _chosen(TrainOptions, options, but=("o",))
     labelled = _labelled(good, bad, folder)
@@ -204,23 +173,21 @@ def train_model(
         place = chosen.o or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)
         stack.enter_context(listening(progress))
-        train_on(labelled, chosen, place)
-        models = tuple(
-            load_model((chosen.weight_dir or place) / model_name(number))
-            for number in range(1, chosen.ensemble + 1)
+        trained = train_models(
+            labelled,
+            chosen,
+            place,
+            after_epoch=lambda number, epochs: write_history(place, number, epochs),
         )
-        return Training(
-            models,
-            json.loads((place / METRICS).read_text()),
-            read_csv((chosen.history_dir or place) / HISTORY),
-            read_csv(place / PREDICTIONS),
-        )
+        if chosen.o is not None:
+            write_trained(chosen.o, trained, chosen)
+    return Training(trained.models.members, trained.figures(chosen), trained)
 
 
 def evaluate_model(
     good: Particles,
     bad: Particles,
-    model: Models = None,
+    model: SomeModels = None,
     *,
     folder: str | Path = "",
     progress: Listener | None = None,
@@ -242,21 +209,16 @@ def evaluate_model(
     -------
     Evaluation
         AUC and more with 95 % intervals; `to_dict` and `summary` give them as data and as text.
-
-    Raises
-    ------
-    CryoFilterError
-        As `score_images`, or only particles of one kind can be used.
     """
     chosen = _chosen(ModelOptions, options)
     labelled, models = _labelled(good, bad, folder), _models(model, chosen)
-    check_request(chosen.threshold, models)
-    check_contrast(labelled.good(), models, chosen)
-    scores = _scores(labelled.particles, models, chosen, progress)
-    return measure(labelled, scores, models, chosen.threshold, seed).evaluation
+    scores = _scores(labelled.particles, labelled.good(), models, chosen, progress)
+    return measure(labelled, scores, models, chosen.threshold, seed=seed).evaluation
 
 
-def _chosen(kind: type[ChosenT], options: dict[str, Any], but: Sequence[str] = ()) -> ChosenT:
+def _chosen(
+    kind: type[KindOfOptions], options: dict[str, Any], but: Sequence[str] = ()
+) -> KindOfOptions:
     """Return the options, none of which is unknown or of the jobs only."""
     of_jobs = {"in_parts", "o", "weights", "out_dir", *(item.name for item in fields(LabelOptions))}
     of_jobs.difference_update(but)
@@ -273,7 +235,7 @@ def _read(particles: Particles, folder: str | Path) -> ParticleSet:
     if isinstance(particles, ParticleSet):
         return particles
     if isinstance(particles, str | Path):
-        return read_particles(particles)
+        return read_particle_file(Path(particles))
     return particles_of_table(particles, Path(folder))
 
 
@@ -281,27 +243,25 @@ def _labelled(good: Particles, bad: Particles, folder: str | Path) -> LabelledSe
     return labelled_particles([_read(good, folder)], [_read(bad, folder)], "Labels from tables.")
 
 
-def _models(model: Models, options: ModelOptions) -> list[Model]:
-    if model is None:
-        return read_models(options)
+def _models(model: SomeModels, options: ModelOptions) -> Models:
     several = [model] if isinstance(model, str | Path | Model) else model
-    return [_model_of(item, options) for item in several]
-
-
-def _model_of(item: str | Path | Model, options: ModelOptions) -> Model:
-    if isinstance(item, Model):
-        return item if options.precision == "float32" else in_precision(item, options)
-    return read_models(replace(options, weights=(Path(item),)))[0]
+    return read_models(
+        several or (), precision=options.precision,
+        network=options.model, f=options.f, img_dim=options.img_dim,
+    )  # fmt: skip
 
 
 def _scores(
     particles: ParticleSet,
-    models: Sequence[Model],
+    good: ParticleSet,
+    models: Models,
     options: ModelOptions,
     progress: Listener | None,
 ) -> Scores:
-    check_pixel_size(models, particles)
+    """Check models and contrast (of the good particles), then score."""
+    models.check(particles, options.threshold)
+    if not options.any_contrast:
+        check_contrast(good, models.members[0].preprocess, options.threads)
     with listening(progress):
-        return score_as_told(
-            particles, models, options, Progress(len(particles), "particles scored")
-        )
+        counting = Progress(len(particles), "particles scored")
+        return score_particles(particles, models, counting, How.asked(options))

@@ -7,15 +7,14 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from relion_cryofilter.errors import UsageError
-from relion_cryofilter.option_kinds import read_words
+from relion_cryofilter.errors import UsageError, suggestion
+from relion_cryofilter.kinds import KINDS, read_words
 from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, Options
-from relion_cryofilter.processes import process_number
-from relion_cryofilter.wording import suggestion
+from relion_cryofilter.processes import __version__, process_number
 
 PROGRAM = "relion_cryofilter"
 ABOUT = "Score cryo-EM particle images and sort good particles from junk."
@@ -28,38 +27,16 @@ and relion_pipeliner --addJobFromStar takes them. With --o, write that one file 
 MODE is one of {", ".join(JOB_MODES)};
 `{PROGRAM} MODE --help` lists its options."""
 _LAST = [item.name for item in fields(Options)]
-_METAVARS = {
-    "flag": "[Yes|No]",
-    "integer": "N",
-    "number": "X",
-    "text": "TEXT",
-    "label": "LABEL",
-    "path": "PATH",
-    "paths": "PATH ...",
-    "gpu": "[N,...]",
-    "integers": "N,N,...",
-    "threshold": "REQUEST",
-}
 _ALSO = {"job": "Write a job.star that fills in RELION's External tab."}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for.
+    """What the command line asks for."""
 
-    Attributes
-    ----------
-    mode
-        A key of `options.MODES`, or ``job``.
-    options
-        The options of that mode.
-    given
-        The words of each option that was given, by name.
-    """
-
-    mode: str
+    mode: str  # a key of `options.MODES`, or ``job``
     options: Options
-    given: dict[str, list[str]]
+    given: dict[str, list[str]]  # the words of each option that was given
 
 
 class _Help(argparse.HelpFormatter):
@@ -84,7 +61,8 @@ def split_mode(words: Sequence[str]) -> tuple[str | None, list[str]]:
     rest
         The other words.
     """
-    rest = [part for word in words for part in _mode_parts(word)]
+    split = (word.split("=", 1) if word.startswith("--mode=") else [word] for word in words)
+    rest = [part for parts in split for part in parts]
     modes = [rest.pop(0)] if rest and not rest[0].startswith("-") else []
     if modes == ["job"] and rest and rest[0] in MODES:
         modes.append(rest.pop(0))
@@ -97,10 +75,6 @@ def split_mode(words: Sequence[str]) -> tuple[str | None, list[str]]:
     return " ".join(modes) or None, rest
 
 
-def _mode_parts(word: str) -> list[str]:
-    return word.split("=", 1) if word.startswith("--mode=") else [word]
-
-
 def parse(words: Sequence[str]) -> Request:
     """Read the words of a command line.
 
@@ -109,7 +83,9 @@ def parse(words: Sequence[str]) -> Request:
     UsageError
         A mode or an option is unknown, or a value can't be read.
     """
-    mode, rest = split_mode([_plain(word) for word in words])
+    # ``----label`` is a label that was typed with its dashes into RELION's window.
+    plain = ["--" + word.lstrip("-") if _OPTION.match(word) else word for word in words]
+    mode, rest = split_mode(plain)
     template, _, inner = (mode or "").partition(" ")
     if template == "job":
         if words[0] != "job" or (inner and inner not in JOB_MODES):
@@ -119,11 +95,6 @@ def parse(words: Sequence[str]) -> Request:
         request = _parse_mode(inner or "score", rest)
         return Request("job", request.options, {"mode": [inner or "score"], **request.given})
     return _parse_mode(mode or "score", rest)
-
-
-def _plain(word: str) -> str:
-    """Turn ``----label`` (a label typed with its dashes into RELION's window) into ``--label``."""
-    return "--" + word.lstrip("-") if _OPTION.match(word) else word
 
 
 def _parse_mode(mode: str, words: list[str]) -> Request:
@@ -153,22 +124,19 @@ def _parser_of(mode: str) -> _Parser:
     )
     for item in sorted(fields(kind), key=lambda item: item.name in _LAST):
         positional = item.metadata.get("positional")
+        kind_of = KINDS[item.metadata["kind"]]
+        shown = "Yes" if item.default is True else item.default
+        default = "" if item.default in (None, False, ()) else f" Default: {shown}."
         parser.add_argument(
             item.name if positional else f"--{item.name}",
             nargs="*",
-            action="extend" if item.metadata["kind"] in ("paths", "integers") else "store",
-            help=(item.metadata["help"] + _default_text(item.default)).replace("%", "%%"),
-            metavar=item.name.upper() if positional else _METAVARS[item.metadata["kind"]],
+            action="extend" if kind_of.several else "store",
+            help=f"{item.metadata['help']}{default}".replace("%", "%%"),
+            metavar=item.name.upper() if positional else kind_of.metavar,
         )
     for name in RELION_ONLY:
         parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     return parser
-
-
-def _default_text(default: Any) -> str:
-    if default in (None, False, ()):
-        return ""
-    return f" Default: {'Yes' if default is True else default}."
 
 
 def _refuse_unknown(mode: str, unknown: list[str]) -> None:
@@ -198,35 +166,23 @@ def usage() -> str:
     return "\n".join(lines)
 
 
-def run(words: Sequence[str], abort_requested: Callable[[], bool]) -> tuple[Any, ...]:
-    """Do what the words ask for.
+def read(words: Sequence[str]) -> Request | None:
+    """Return what the words ask for, with the log started; None if it was help, which is printed.
 
-    Returns
-    -------
-    tuple of commands.Output
-        The files that were made and that RELION should know.
+    Raises
+    ------
+    UsageError
+        As `parse`.
     """
-    if not words or list(words) in (["--help"], ["-h"], ["help"]):
-        print(usage())
-        return ()
-    if list(words) == ["--version"]:
-        from relion_cryofilter import __version__
-
-        print(f"{PROGRAM} {__version__}")
-        return ()
-    if list(words) in (["job", "--help"], ["job", "-h"]):
-        print(JOB_USAGE)
-        return ()
+    texts = {(): usage(), ("help",): usage(), ("--version",): f"{PROGRAM} {__version__}"}
+    for flag in ("--help", "-h"):
+        texts |= {(flag,): usage(), ("job", flag): JOB_USAGE}
+    if tuple(words) in texts:
+        print(texts[tuple(words)])
+        return None
     request = parse(words)
     _start_log(request.options)
-    if request.mode == "job":
-        from relion_cryofilter.relion.templates import write_job_files
-
-        write_job_files(request.given)
-        return ()
-    from relion_cryofilter import commands
-
-    return commands.run(request.mode, request.options, abort_requested)
+    return request
 
 
 class _LineFormatter(logging.Formatter):

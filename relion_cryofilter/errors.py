@@ -6,9 +6,12 @@ A message says where, what was found, what was expected and what to do. Everythi
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Sequence
+
 
 class CryoFilterError(Exception):
-    """A problem with the input or the environment that the user can mend."""
+    """A problem with the input or the environment that the user can put right."""
 
 
 class UsageError(CryoFilterError):
@@ -33,3 +36,12 @@ class ModelError(CryoFilterError):
 
 class Aborted(CryoFilterError):  # noqa: N818 - an event, not a fault
     """Somebody asked the job to stop ("Abort running" in RELION's window)."""
+
+
+def suggestion(word: str, known: Sequence[str], dashes: str = "") -> str:
+    """Return which of the known words was meant, or all of them if none is near."""
+    longer = [name for name in known if name.startswith(word)]
+    nearest = difflib.get_close_matches(word, longer or known, 1, 0 if longer else 0.5)
+    if nearest:
+        return f"Did you mean {dashes}{nearest[0]}?"
+    return f"There are {', '.join(dashes + name for name in known)}."

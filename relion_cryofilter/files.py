@@ -15,16 +15,8 @@ from typing import BinaryIO
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; rename it to `path` when the block ends well.
 
-    Parameters
-    ----------
-    path
-        The file to make or to replace. Its folder must exist.
-
-    Yields
-    ------
-    BinaryIO
-        The temporary file, open for writing. After an exception it is deleted and `path` is
-        left as it was.
+    The folder must exist. After an exception the temporary file is deleted and `path` is left as
+    it was.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     try:
@@ -54,3 +46,45 @@ def read_csv(path: Path) -> list[dict[str, str]]:
     """Return the rows of a table whose first line names its columns."""
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+ALL, ACCEPTED, REJECTED = "particles.star", "particles_accepted.star", "particles_rejected.star"
+"""The particles with scores and the two subsets, of `score` and `select`."""
+
+SCORES_CSV, FEATURES, BAD_IMAGES = "scores.csv", "features.npy", "bad_images.csv"
+"""Of `score`."""
+
+MODEL, HISTORY, CHECKPOINT = "model.safetensors", "history.csv", "checkpoint_last.pt"
+"""Of `train`."""
+
+METRICS, PREDICTIONS = "metrics.json", "predictions.csv"
+"""Of `train` and `metrics`."""
+
+LOGFILE, REPORT = "logfile.pdf", "report.html"
+"""The report, for RELION's Display menu and for a browser."""
+
+PIPELINE_FILE = "default_pipeline.star"
+_JOB_FILE = "job_pipeline.star"
+
+
+def find_project(start: Path) -> Path | None:
+    """Return the nearest of `start` and its parents that is a RELION project, or None.
+
+    A project holds default_pipeline.star. So do many job folders (RELION leaves a copy there);
+    these are told by their job_pipeline.star.
+    """
+    start = start.resolve()
+    for folder in (start, *start.parents):
+        if (folder / PIPELINE_FILE).is_file() and not (folder / _JOB_FILE).exists():
+            return folder
+    return None
+
+
+SCORE_LABEL = "rlnParticleFigureOfMerit"
+"""RELION's own label for how good a particle is; select, sort and histogram work on it."""
+
+
+def numbered(name: str, number: int) -> str:
+    """Return ``model.safetensors`` for 1, ``model_2.safetensors`` for 2 and so on."""
+    path = Path(name)
+    return name if number == 1 else f"{path.stem}_{number}{path.suffix}"

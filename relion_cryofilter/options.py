@@ -1,7 +1,9 @@
 """Every option once: what the command line, the External job and the Python API accept.
 
-Each mode has a frozen dataclass. Its fields are the options; their metadata says how to read
-words into values and how to explain them.
+Each mode has a frozen dataclass. Its fields are the options; their metadata names the `Kind` that
+reads words into values, and explains them. To add an option, add a field.
+
+Only the standard library is imported: the job's guard and ``--help`` do not wait for numpy.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from relion_cryofilter.data.star_labels import SCORE_LABEL
-from relion_cryofilter.option_kinds import as_kind, check_limits
+from relion_cryofilter.files import SCORE_LABEL
+from relion_cryofilter.kinds import ThresholdRequest, check_limits, given
 from relion_cryofilter.processes import local_count
-from relion_cryofilter.results.thresholds import ThresholdRequest
+
+NETWORKS = {"d4": "d4.D4", "straight": "networks.Straight", "roberts": "networks.Roberts"}
+"""The networks by name, and where in `relion_cryofilter.nn` each is defined."""
 
 
 def option(help_text: str, kind: str, default: Any = None, **limits: Any) -> Any:
-    """Make a dataclass field that is an option of kind flag, integer, number, text, path, …"""
+    """Make a dataclass field that is an option; `kind` is a key of `KINDS`."""
     return field(default=default, metadata={"help": help_text, "kind": kind, **limits})
 
 
@@ -47,7 +51,7 @@ class Options:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value = as_kind(item, getattr(self, item.name))
+            value = given(item, getattr(self, item.name))
             object.__setattr__(self, item.name, value)
             check_limits(item, value)
 
@@ -173,7 +177,7 @@ class TrainOptions(JobOptions, LabelOptions):
     model: str | None = option(
         "Train this network from scratch: d4 (the bundled one's), straight or roberts (2020). "
         "Default: the bundled model is fine-tuned.",
-        "text", choices=("d4", "straight", "roberts"),
+        "text", choices=tuple(NETWORKS),
     )  # fmt: skip
     f: int | None = option("Filters of straight or roberts. Default: 32.", "integer", low=1)
     img_dim: int | None = option(
@@ -292,8 +296,8 @@ MODES: Mapping[str, type[Options]] = {
     "cryosparc": CryosparcOptions,
     "demo": DemoOptions,
 }
-JOB_MODES = tuple(name for name, kind in MODES.items() if issubclass(kind, JobOptions))
 
+JOB_MODES = tuple(name for name, kind in MODES.items() if issubclass(kind, JobOptions))
 RELION_ONLY = {
     "pipeline_control": "given by RELION; the results go to --o",
     "in_movies": "not used by this program",

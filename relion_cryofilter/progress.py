@@ -99,10 +99,15 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds in the largest fitting units: ``8 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """Return seconds in the largest units that fit: ``8 s``, ``3 min 20 s``, ``2 h 5 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return ``1 micrograph``, ``2 micrographs``, ``1,400 particles``; `plural` if odd."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

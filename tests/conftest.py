@@ -11,7 +11,7 @@ from pathlib import Path
 import making
 import pytest
 from hypothesis import settings
-from making import ROOT, SHARED  # noqa: F401
+from making import SHARED
 
 # Tests run side by side on few cores, and threads that wait for each other take them. Workers of
 # pytest-xdist and the programs that tests start read this before they load torch.
@@ -19,6 +19,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 settings.register_profile("unhurried", making.unhurried)
 settings.load_profile("unhurried")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Start one worker more than there are cores: some tests wait for RELION's own pauses."""
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests, those that wait for RELION's scheduler first: none ends alone."""
+    items.sort(key=lambda item: (not item.get_closest_marker("slow"), "schedule" not in item.name))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

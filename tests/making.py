@@ -22,13 +22,12 @@ import torch
 from hypothesis import HealthCheck, assume, settings
 from hypothesis import strategies as st
 
-from relion_cryofilter.data.particles import ParticleSet, particles_of_stacks, read_particles
-from relion_cryofilter.data.star import columns
-from relion_cryofilter.data.star_labels import SCORE_LABEL
-from relion_cryofilter.nn.checkpoint import Model
-from relion_cryofilter.nn.network import Network
-from relion_cryofilter.nn.networks import build_network
-from relion_cryofilter.nn.preprocess import FourierCrop
+from relion_cryofilter.files import SCORE_LABEL
+from relion_cryofilter.images.preprocess import FourierCrop
+from relion_cryofilter.nn.model import Model
+from relion_cryofilter.nn.networks import Network, build_network
+from relion_cryofilter.particles.particles import ParticleSet, particles_of_stacks, read_particles
+from relion_cryofilter.particles.stacks import read_header
 from relion_cryofilter.relion import job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -273,7 +272,7 @@ def rows_of(name, folder=JOB):
 def scores_of(path):
     """Return the scores of a STAR file, row by row."""
     particles = read_particles(Path(path))
-    texts = columns(particles.star, particles.loop, [SCORE_LABEL])
+    texts = particles.table.columns([SCORE_LABEL])
     return np.array([float(text) for (text,) in texts])
 
 
@@ -360,7 +359,7 @@ def particles_of(star: Path, sign: float = 1.0, seed: int = 0) -> dict[str, list
         "uid": rng.integers(1, 2**64, n, np.uint64),
         "blob/path": names,
         "blob/idx": particles.index.astype(np.uint32),
-        "blob/shape": np.full((n, 2), group.box_px, np.uint32),
+        "blob/shape": np.full((n, 2), read_header(particles.stacks[0]).ny, np.uint32),
         "blob/psize_A": np.full(n, group.pixel_size_angstrom, np.float32),
         "blob/sign": np.full(n, sign, np.float32),
         "ctf/df1_A": rng.normal(15000, 100, n).astype(np.float32),
@@ -385,7 +384,7 @@ def part(fields: dict, *slots: str) -> dict:
     return {k: v for k, v in fields.items() if k == "uid" or k.partition("/")[0] in slots}
 
 
-def turn_over(particles: ParticleSet) -> None:
+def invert_contrast(particles: ParticleSet) -> None:
     """Make protein dark in all stacks, as in micrographs."""
     for path in particles.stacks:
         with mrcfile.open(path, "r+") as stack:

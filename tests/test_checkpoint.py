@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relion_cryofilter.errors import CryoFilterError
-from relion_cryofilter.nn import checkpoint
-from relion_cryofilter.nn.checkpoint import Model, load_model
+from relion_cryofilter.images.preprocess import BlurResize, FourierCrop, d4_views
+from relion_cryofilter.nn import model as checkpoint
+from relion_cryofilter.nn.model import Model, load_model
 from relion_cryofilter.nn.networks import build_network
-from relion_cryofilter.nn.preprocess import BlurResize, FourierCrop, d4_views
 
 
 def make_model(name: str = "roberts", **values) -> Model:
@@ -209,7 +209,9 @@ def test_safetensors_of_another_program_are_no_model(tmp_path: Path) -> None:
 
 def rewrite(path: Path, change_metadata=None, change_tensors=None) -> None:
     """Save MODEL to `path` with changed metadata or tensors."""
-    metadata = json.loads(json.dumps(MODEL._metadata()))
+    MODEL.save(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = json.loads(file.metadata()[checkpoint.METADATA_KEY])
     tensors = {name: tensor.contiguous() for name, tensor in MODEL.network.state_dict().items()}
     text = json.dumps(metadata)
     if change_metadata is not None:

@@ -11,7 +11,7 @@ from making import ROOT
 
 from relion_cryofilter import cli
 from relion_cryofilter.errors import UsageError
-from relion_cryofilter.option_kinds import gpu_numbers
+from relion_cryofilter.kinds import gpu_numbers
 from relion_cryofilter.options import MODES, ScoreOptions
 
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from relion_cryofilter.data.simulate import simulate_images
-from relion_cryofilter.nn.contrast import centre_contrast, looks_dark
-from relion_cryofilter.nn.preprocess import BlurResize, FourierCrop
+from relion_cryofilter.images.contrast import centre_contrast, looks_dark
+from relion_cryofilter.images.preprocess import BlurResize, FourierCrop
 from relion_cryofilter.relion import job
+from relion_cryofilter.simulate import simulate_images
 
 PARTICLES = "Extract/job001/particles.star"
 

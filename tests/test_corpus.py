@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 from making import SHARED, without_score
 
-from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.star_labels import SCORE_LABEL
-from relion_cryofilter.data.star_writing import write_scored
 from relion_cryofilter.errors import StarError
+from relion_cryofilter.particles.particles import read_particles
 
 FILES = sorted((SHARED / "star_corpus").glob("*.star"))
 REFUSED = {"sample.star": "no particles found"}
@@ -25,7 +23,7 @@ def test_every_file_of_the_corpus_comes_back_or_is_refused_with_a_reason(path, t
     particles = read_particles(path)
     scores = np.linspace(0, 1, len(particles))
     out = tmp_path / "out.star"
-    write_scored(particles.star, particles.loop, SCORE_LABEL, scores, {out: scores >= 0})
+    particles.table.write({out: scores >= 0}, scores)
     assert without_score(out.read_bytes()) == path.read_bytes()
 
 
@@ -39,7 +37,7 @@ def test_every_particle_file_of_the_relion_projects_comes_back(shared, version, 
         particles = read_particles(path)
         scores = np.linspace(0, 1, len(particles))
         out = tmp_path / "out.star"
-        write_scored(particles.star, particles.loop, SCORE_LABEL, scores, {out: scores >= 0})
+        particles.table.write({out: scores >= 0}, scores)
         assert without_score(out.read_bytes()) == path.read_bytes()
         assert all(stack.is_file() for stack in particles.stacks)
         found += 1

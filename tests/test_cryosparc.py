@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from making import CSG_GROUP, SHARED, part, particles_of, turn_over, write_cs
+from making import CSG_GROUP, SHARED, invert_contrast, part, particles_of, write_cs
 
 from relion_cryofilter.commands.score import score
 from relion_cryofilter.commands.select import select
-from relion_cryofilter.data.cryosparc import SCORE_FIELD, read_cs
-from relion_cryofilter.data.cryosparc_particles import read_particle_file
-from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.simulate import simulate_project
 from relion_cryofilter.errors import CryoFilterError, CryoSparcError, ImageError, UsageError
 from relion_cryofilter.options import ScoreOptions, SelectOptions
+from relion_cryofilter.particles.cryosparc import SCORE_FIELD, read_cs
+from relion_cryofilter.particles.labels import read_labels
+from relion_cryofilter.particles.particles import read_particles
+from relion_cryofilter.particles.tables import read_particle_file
 from relion_cryofilter.relion.job import FAILURE, main
-from relion_cryofilter.relion.labels import read_labels
+from relion_cryofilter.simulate import simulate_project
 
 dataset = pytest.importorskip("cryosparc.dataset")
 yaml = pytest.importorskip("yaml")
@@ -73,10 +73,10 @@ def test_a_real_cs_file_comes_back_with_every_field_type_and_uid(path, tmp_path)
 
 @pytest.mark.shared("star_corpus")
 def test_the_real_images_have_the_contrast_that_their_blob_sign_says(shared, tmp_path):
-    from relion_cryofilter.data.bad_images import check_stacks
-    from relion_cryofilter.nn.contrast import centre_contrast
-    from relion_cryofilter.nn.pipeline import map_batches
-    from relion_cryofilter.nn.preprocess import FourierCrop
+    from relion_cryofilter.images.bad import check_stacks
+    from relion_cryofilter.images.batches import map_batches
+    from relion_cryofilter.images.contrast import centre_contrast
+    from relion_cryofilter.images.preprocess import FourierCrop
 
     particles = read_particle_file(shared / "star_corpus/empiar_10076_7.cs")
     assert particles.inverted == (True,)
@@ -98,7 +98,7 @@ def test_a_simulated_project_scores_the_same_as_star_and_as_cs(sign, tmp_path):
     before = scored(star, tmp_path / "as_star", weights=())
     path = write_cs(tmp_path / "P1/J2/particles.cs", particles_of(star, sign))
     if sign < 0:
-        turn_over(read_particles(star))
+        invert_contrast(read_particles(star))
     after = scored(path, tmp_path / "as_cs", weights=())
     assert after == before
     assert_same_but_score(tmp_path / "as_cs/particles.cs", path, slice(None))
@@ -107,7 +107,7 @@ def test_a_simulated_project_scores_the_same_as_star_and_as_cs(sign, tmp_path):
     assert np.abs(values - expected).max() < 6e-5
 
 
-def test_accepted_and_rejected_share_out_the_uids_in_order(project, fields):
+def test_accepted_and_rejected_split_the_uids_in_order(project, fields):
     path = write_cs(project / "J2/particles.cs", fields)
     scored(path, project / "out")
     parts = [records(project / f"out/particles_{name}.cs") for name in ("accepted", "rejected")]
@@ -122,11 +122,11 @@ def test_accepted_and_rejected_share_out_the_uids_in_order(project, fields):
 
 
 @pytest.mark.parametrize("mode", [12, 0, 1, 6])
-def test_stacks_of_every_mode_are_turned_over_exactly(mode, tmp_path):
+def test_the_contrast_of_stacks_of_every_mode_is_inverted_exactly(mode, tmp_path):
     from making import blobs, write_stack
 
-    from relion_cryofilter.data.bad_images import check_stacks
-    from relion_cryofilter.nn.pipeline import map_batches
+    from relion_cryofilter.images.bad import check_stacks
+    from relion_cryofilter.images.batches import map_batches
 
     images = blobs(5, 16) * (10 if mode != 12 else 1) + (60 if mode == 6 else 0)
     write_stack(tmp_path / "S1/a.mrc", images, mode=mode)
@@ -144,7 +144,7 @@ def test_stacks_of_every_mode_are_turned_over_exactly(mode, tmp_path):
     assert (found == stored * cs["blob/sign"][:, None, None]).all()
 
 
-def test_what_a_cs_file_says_of_micrographs_pixels_and_boxes_is_kept(project, star, fields):
+def test_what_a_cs_file_says_of_micrographs_and_pixel_sizes_is_kept(project, star, fields):
     particles = read_particle_file(write_cs(project / "J2/particles.cs", fields))
     expected = read_particles(star)
     assert particles.micrographs == expected.micrographs
@@ -152,11 +152,11 @@ def test_what_a_cs_file_says_of_micrographs_pixels_and_boxes_is_kept(project, st
     assert particles.has_micrographs
     [group] = particles.optics
     assert group.pixel_size_angstrom == pytest.approx(3.0)
-    assert group.box_px == 32
     names = [particles.image_name(row) for row in range(len(particles))]
     assert names == [expected.image_name(row) for row in range(len(expected))]
 
 
+@pytest.mark.slow
 def test_a_passthrough_file_in_another_order_is_joined_by_uid(project, fields):
     path = write_cs(project / "J2/particles.cs", part(fields, "alignments2D", "ctf"))
     rest = part(fields, "blob", "location")
@@ -173,6 +173,7 @@ def test_a_passthrough_file_in_another_order_is_joined_by_uid(project, fields):
     assert [text.decode() for text in rest["blob/path"]] == fields["blob/path"]
 
 
+@pytest.mark.slow
 def test_a_result_group_is_read_and_written_so_that_it_is_read_again(project, fields):
     job = project / "J12"
     main_file = part(fields, "alignments2D", "blob", "ctf")
@@ -202,6 +203,7 @@ def test_a_compressed_cs_file_stays_compressed(project, fields):
     assert before == after
 
 
+@pytest.mark.slow
 def test_a_scored_file_is_scored_and_selected_again(project, fields):
     path = write_cs(project / "J2/particles.cs", fields)
     scored(path, project / "out")
@@ -216,6 +218,7 @@ def test_a_scored_file_is_scored_and_selected_again(project, fields):
     assert kept[SCORE_FIELD].min() >= rest.max()
 
 
+@pytest.mark.slow
 def test_an_empty_subset_is_not_written_and_its_older_files_go(project, fields):
     path = write_cs(project / "J2/particles.cs", fields)
     scored(path, project / "out")
@@ -238,7 +241,16 @@ def test_labels_come_from_the_two_cs_files_of_a_select_2d_job(project, fields):
     path = write_cs(project / "J3/particles.cs", fields)
     of_classes = read_labels(path, pos_classes=[0, 1])
     assert of_classes.labels.tolist() == good.tolist()
-    with pytest.raises(UsageError, match="tells no labels"):
+    table = read_particle_file(path).table
+    assert set(table.labels) == {*fields} - {"uid"}
+    assert table.place(2) == f"{path}, row 3"
+    assert table.numbers(["rlnDefocusU"]) == {}
+    with pytest.raises(CryoSparcError, match=r"no field cryofilter/score .* of a score job"):
+        table.scores()
+    no_classes = write_cs(project / "J5/particles.cs", part(fields, "blob"))
+    with pytest.raises(CryoSparcError, match="has no field alignments2D/class"):
+        read_labels(no_classes, pos_classes=[0])
+    with pytest.raises(UsageError, match="holds no labels"):
         read_labels(path)
 
 

@@ -17,10 +17,11 @@ import pytest
 from making import particles_of
 
 from relion_cryofilter.commands import cryosparc as command
-from relion_cryofilter.data.cryosparc import SCORE_FIELD
 from relion_cryofilter.errors import CryoSparcError, UsageError
 from relion_cryofilter.options import CryosparcOptions
+from relion_cryofilter.particles.cryosparc import SCORE_FIELD
 from relion_cryofilter.relion.job import main
+from relion_cryofilter.thresholds import Chosen
 
 pytest.importorskip("cryosparc.tools")
 from cryosparc.controllers.job import ExternalJobController
@@ -119,7 +120,7 @@ def test_the_librarys_own_classes_accept_our_inputs_outputs_and_plots(tmp_path):
         assert call.args[3].passthrough == "particles"
         assert call.args[3].type == "particle"
     jobs.mark_running.assert_called_once_with("P3", "J99", status="running")
-    command._show(real, tmp_path, np.linspace(0, 1, 9), np.arange(9) > 4)
+    command._show(real, tmp_path, Chosen(np.linspace(0, 1, 9), np.arange(9) > 4, 0.5, ""))
     assert jobs.add_image_log.called
     assert jobs.set_tile_image.called
 
@@ -157,6 +158,7 @@ def refusal():
     return ValueError("*** [API] (GET http://here, code 404) Job J42 has no output\nmore")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["connect", "load_input", "save_output", "log_plot"])
 def test_what_the_server_refuses_fails_the_external_job_with_one_sentence(client, job, call):
     getattr(job, call).side_effect = refusal()

@@ -9,7 +9,7 @@ import sys
 import pytest
 from making import ROOT
 
-from relion_cryofilter.data.particles import read_particles
+from relion_cryofilter.particles.particles import read_particles
 
 COMMAND = [sys.executable, "-m", "relion_cryofilter"]
 

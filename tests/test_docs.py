@@ -23,8 +23,8 @@ import pytest
 from making import PATIENCE_S, ROOT, write_keras
 
 from relion_cryofilter import cli
-from relion_cryofilter.data.simulate import simulate_project, simulate_selection
 from relion_cryofilter.nn.networks import build_network
+from relion_cryofilter.simulate import simulate_project, simulate_selection
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 BLOCK = re.compile(

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from relion_cryofilter.errors import ModelError
-from relion_cryofilter.nn.checkpoint import Model, load_model
-from relion_cryofilter.nn.equivariant import D4, ORDER, TABLE
-from relion_cryofilter.nn.preprocess import FourierCrop, d4_views
+from relion_cryofilter.images.preprocess import FourierCrop, d4_views
+from relion_cryofilter.nn.d4 import D4, ORDER, TABLE
+from relion_cryofilter.nn.model import Model, load_model
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import making
 import pytest
 from making import ROOT
 
-from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.simulate import simulate_project, simulate_selection
 from relion_cryofilter.errors import UsageError
-from relion_cryofilter.relion.labels import read_labels
+from relion_cryofilter.particles.labels import read_labels
+from relion_cryofilter.particles.particles import read_particles
+from relion_cryofilter.simulate import simulate_project, simulate_selection
 
 
 @pytest.mark.slow

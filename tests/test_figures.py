@@ -1,17 +1,21 @@
-"""Figures are drawn in full, for large and for poor sets, and are never left half written."""
+"""Charts are drawn in full, for large and for poor sets, and are never left half written."""
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib.image
 import numpy as np
 import pytest
 from making import made_set
+from matplotlib.figure import Figure
 
-from relion_cryofilter.results import figures
-from relion_cryofilter.results.metrics import curves, evaluate
+from relion_cryofilter.evaluation import curves, evaluate
+from relion_cryofilter.results import charts
+from relion_cryofilter.results.summaries import cuts_of, histogram_of
 
 
 def made_history(epochs, auc=0.9):
@@ -25,17 +29,11 @@ def made_history(epochs, auc=0.9):
     ]  # fmt: skip
 
 
-def written(tmp_path, monkeypatch, draw, *arguments):
-    """Draw; return the figure's texts and the picture's shape."""
-    drawn = []
-    save = figures._save
-    monkeypatch.setattr(
-        figures, "_save", lambda figure, path: drawn.append(save(figure, path) or figure)
-    )
-    draw(tmp_path / "a.png", *arguments)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-    texts = [text.get_text() for text in drawn[0].findobj(matplotlib.text.Text)]
-    return texts, matplotlib.image.imread(tmp_path / "a.png").shape
+def texts_of(chart):
+    """Draw; return the figure's texts."""
+    figure = Figure()
+    chart.draw(figure.add_subplot())
+    return [text.get_text() for text in figure.findobj(matplotlib.text.Text)]
 
 
 @pytest.fixture(scope="module", params=["two classes", "one class", "one image"])
@@ -48,12 +46,19 @@ def measured(request):
     return curves(*labelled), evaluate(*labelled, groups[rows], 0.412345, resamples=20)
 
 
+def test_each_chart_is_saved_under_its_name(tmp_path, measured):
+    for chart in (*charts.evaluation_charts(*measured), *charts.history_charts(made_history(3), 1)):
+        chart.save(tmp_path)
+    names = {"roc", "precision_recall", "reliability", "confusion_matrix", "history"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in names}
+    for path in tmp_path.iterdir():
+        assert matplotlib.image.imread(path).shape == (600, 750, 4)
+
+
 @pytest.mark.parametrize("name", ["roc", "precision_recall", "reliability"])
-def test_each_curve_is_drawn_with_its_figure_and_threshold(tmp_path, monkeypatch, measured, name):
-    points, evaluation = measured
-    draw = getattr(figures, f"save_{name}")
-    texts, shape = written(tmp_path, monkeypatch, draw, points, evaluation)
-    assert shape == (600, 750, 4)
+def test_each_curve_is_drawn_with_its_figure_and_threshold(measured, name):
+    found = {chart.name: chart for chart in charts.evaluation_charts(*measured)}
+    texts, evaluation = texts_of(found[name]), measured[1]
     metric = {"roc": "auc", "precision_recall": "average_precision", "reliability": "ece"}[name]
     assert any(text.endswith(f" {getattr(evaluation, metric)}") for text in texts)
     two_classes = 0 < evaluation.n_positive < evaluation.n
@@ -62,59 +67,75 @@ def test_each_curve_is_drawn_with_its_figure_and_threshold(tmp_path, monkeypatch
         assert "threshold 0.412345" in texts or not two_classes
 
 
-def test_the_confusion_matrix_shows_counts_and_shares(tmp_path, monkeypatch, measured):
-    texts, shape = written(tmp_path, monkeypatch, figures.save_confusion_matrix, measured[1])
-    assert shape == (600, 750, 4)
+def test_the_confusion_matrix_shows_counts_and_shares(measured):
+    texts = texts_of(charts.EVALUATION[-1].of(*measured))
     counts = [f"{count:,}" for row in measured[1].confusion for count in row]
     assert [text.split("\n")[0] for text in texts if "%" in text] == counts
     assert {"good", "bad", "accepted", "rejected"} <= set(texts)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
-def test_the_histogram_counts_classes_and_accepted_images(tmp_path, monkeypatch, labelled):
+def test_the_histogram_counts_classes_and_accepted_images(labelled):
     labels, scores, _ = made_set(3000)
-    texts, shape = written(
-        tmp_path,
-        monkeypatch,
-        figures.save_score_histogram,
-        labels if labelled else None,
-        scores,
-        0.6,
-    )
-    assert shape == (600, 750, 4)
-    assert f"threshold 0.6: {np.sum(scores >= 0.6):,} accepted" in texts
-    expected = (
-        [f"{labels.sum():,} good", f"{np.sum(~labels):,} bad"] if labelled else ["3,000 images"]
-    )
-    assert set(expected) <= set(texts)
+    n = int(np.sum(scores >= 0.6))
+    asked = (scores, 0.6, n, labels if labelled else None)
+    histogram, retention = charts.score_charts(histogram_of(*asked), cuts_of(*asked))
+    expected = {"threshold 0.6", f"{n:,} accepted", f"{3000 - n:,} rejected"}
+    if labelled:
+        expected = {f"{labels.sum():,} good", f"{np.sum(~labels):,} bad"}
+        expected.add(f"threshold 0.6: {n:,} accepted")
+    assert expected <= set(texts_of(histogram))
+    assert f"threshold 0.6 keeps {n / 30:.1f} %" in texts_of(retention)
+    assert histogram.moves
+    assert retention.moves
 
 
 @pytest.mark.parametrize(("epochs", "best"), [(1, 1), (25, 3)])
-def test_the_history_marks_the_epoch_that_is_kept(tmp_path, monkeypatch, epochs, best):
+def test_the_history_marks_the_epoch_that_is_kept(epochs, best):
     history = made_history(epochs)
-    texts, shape = written(tmp_path, monkeypatch, figures.save_history, history, best)
-    assert shape == (600, 750, 4)
-    assert f"Best epoch {best}: validation AUC {history[best - 1]['val_auc']:.3f}" in texts
+    (chart,) = charts.history_charts(history, best)
+    auc = history[best - 1]["val_auc"]
+    assert f"Best epoch {best}: validation AUC {auc:.3f}" in texts_of(chart)
+    assert "dashed line" in chart.note
 
 
-def test_the_history_says_that_no_epoch_helped(tmp_path, monkeypatch):
-    texts, _ = written(tmp_path, monkeypatch, figures.save_history, made_history(4), 0)
-    assert "No epoch did better than the start" in texts
+def test_the_history_says_that_no_epoch_helped():
+    (chart,) = charts.history_charts(made_history(4), 0)
+    assert "No epoch did better than the start" in texts_of(chart)
+    assert "weights of the start are kept" in chart.note
 
 
-def test_a_drawing_that_fails_leaves_the_old_picture(tmp_path):
+def test_a_drawing_that_fails_leaves_the_old_picture(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"old")
-    figure, _ = figures._new_figure()
-    figure.savefig = lambda *_, **__: (_ for _ in ()).throw(OSError("disk full"))
+
+    def fail(*_, **__):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
-        figures._save(figure, tmp_path / "a.png")
+        charts.Chart("a", "", "", "", lambda axes: None).save(tmp_path)
     assert (tmp_path / "a.png").read_bytes() == b"old"
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_figures_do_without_pyplot():
+@pytest.mark.slow
+def test_figures_do_without_pyplot_and_names_without_matplotlib(tmp_path):
     code = (
-        "import sys; import relion_cryofilter.results.figures;"
+        "import sys; from pathlib import Path; import relion_cryofilter.results.report_files;"
+        "import relion_cryofilter.results.charts as charts;"
+        "assert 'matplotlib' not in sys.modules;"
+        "charts.Chart('a', '', '', '', lambda axes: None).save(Path(sys.argv[1]));"
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+
+
+def test_a_broken_matplotlib_costs_the_report_and_nothing_else(tmp_path, monkeypatch, caplog):
+    from relion_cryofilter.results.report_files import write_report
+
+    (tmp_path / "report.html").write_text("of an earlier run")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with caplog.at_level(logging.WARNING):
+        assert write_report(tmp_path, lambda: SimpleNamespace(charts=[])) == ()
+    assert "No report (logfile.pdf, report.html) could be made: ModuleNotFoundError" in caplog.text
+    assert not list(tmp_path.iterdir())

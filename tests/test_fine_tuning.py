@@ -11,18 +11,18 @@ import pytest
 import torch
 from making import Fixed, labelled_blobs, train_words
 
-from relion_cryofilter.commands.models import BUNDLED_MODEL
-from relion_cryofilter.data.labelled import split_by_micrograph
 from relion_cryofilter.errors import CryoFilterError
-from relion_cryofilter.nn.checkpoint import load_model
+from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
 from relion_cryofilter.nn.networks import build_network
-from relion_cryofilter.nn.training import Settings, Trainer
+from relion_cryofilter.nn.trainer import Settings, Trainer, TrainingData
+from relion_cryofilter.particles.splits import split_by_micrograph
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion import job
 
 JOB = Path("External/job009")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("trained")
 def test_the_bundled_model_is_fine_tuned_by_default():
     bundled = load_model(BUNDLED_MODEL)
@@ -55,7 +55,7 @@ def test_a_named_network_is_trained_from_scratch(words, name, capsys):
 @pytest.mark.usefixtures("select_project")
 def test_options_of_other_networks_are_refused_for_d4(capsys):
     assert job.main(train_words("--model d4 --f 16").split()) == 2
-    assert "--f is for straight and roberts" in capsys.readouterr().err
+    assert "--f 16 is not for --model d4" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -109,13 +109,15 @@ def noisy_trainer(tmp_path, settings, start=None):
         network.load_state_dict(start)
     return Trainer(
         network,
-        Fixed(torch.from_numpy(images.astype(np.float32))),
-        labels,
-        split,
+        TrainingData(
+            Fixed(torch.from_numpy(images.astype(np.float32))),
+            labels,
+            split,
+            torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(1)),
+        ),
         settings,
         tmp_path / "checkpoint",
         {},
-        noise=torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(1)),
     )
 
 

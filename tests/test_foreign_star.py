@@ -12,9 +12,9 @@ import pytest
 from making import blobs, without_score, write_stack
 
 from relion_cryofilter.commands.score import score
-from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.errors import StarError
 from relion_cryofilter.options import ScoreOptions
+from relion_cryofilter.particles.particles import read_particles
 
 N = 12
 
@@ -115,6 +115,7 @@ def sample(request, project, monkeypatch):
     return text, path, pixel_size
 
 
+@pytest.mark.slow
 def test_a_sample_is_scored_and_comes_back_byte_for_byte(sample, project):
     text, path, pixel_size = sample
     particles = read_particles(path)
@@ -136,7 +137,7 @@ def test_a_sample_is_scored_and_comes_back_byte_for_byte(sample, project):
     )
 
 
-def test_micrographs_are_told_apart_by_the_names_that_the_program_gives(sample):
+def test_micrographs_have_the_names_that_the_program_gives(sample):
     _, path, _ = sample
     particles = read_particles(path)
     assert len(particles.micrographs) == (4 if particles.has_micrographs else 1)

@@ -17,8 +17,7 @@ import numpy as np
 import pytest
 from making import PATIENCE_S, ROOT, started
 
-from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.star import columns
+from relion_cryofilter.particles.particles import read_particles
 from relion_cryofilter.relion import job, nodes
 from relion_cryofilter.relion.templates import job_star
 
@@ -45,6 +44,7 @@ def score_words(more=""):
     )
 
 
+@pytest.mark.slow
 def test_a_job_leaves_results_nodes_and_success(project):
     Path(JOB).mkdir(parents=True)
     done = run(score_words())
@@ -67,15 +67,16 @@ def test_scores_in_star_and_csv_agree_and_decide(project):
     assert job.main(score_words("--threshold 0.3").split()) == 0
     particles = read_particles(Path(JOB, "particles.star"))
     label = ["rlnParticleFigureOfMerit"]
-    values = np.array([float(v) for (v,) in columns(particles.star, particles.loop, label)])
+    values = np.array([float(v) for (v,) in particles.table.columns(label)])
     lines = Path(JOB, "scores.csv").read_text().splitlines()
     assert [int(line.split(", ")[0]) for line in lines] == list(range(48))
     assert np.allclose([float(line.split(", ")[1]) for line in lines], values, atol=5.1e-5)
     accepted = read_particles(Path(JOB, "particles_accepted.star"))
-    kept = [float(v) for (v,) in columns(accepted.star, accepted.loop, label)]
+    kept = [float(v) for (v,) in accepted.table.columns(label)]
     assert kept == [value for value in values if value >= 0.3]
 
 
+@pytest.mark.slow
 def test_nothing_to_accept_is_neither_written_nor_registered(scored, capsys):
     assert Path(JOB, "particles_accepted.star").exists()
     assert job.main(score_words("--threshold 1").split()) == 0
@@ -141,6 +142,7 @@ def test_nothing_but_bad_images_is_a_failure(project):
     assert not any(Path(JOB, name).exists() for name in [*RESULTS, "features.npy"])
 
 
+@pytest.mark.slow
 def test_what_an_earlier_run_left_is_removed(project):
     Path(JOB).mkdir(parents=True)
     Path(JOB, ".features.npy.abc.part").touch()

@@ -16,10 +16,8 @@ import torch
 from making import SHARED, write_keras
 
 from relion_cryofilter.errors import CryoFilterError
-from relion_cryofilter.nn.checkpoint import load_model
-from relion_cryofilter.nn.keras import import_keras
-from relion_cryofilter.nn.network import Network
-from relion_cryofilter.nn.networks import build_network
+from relion_cryofilter.nn.model import import_keras, load_model
+from relion_cryofilter.nn.networks import Network, build_network
 
 h5py = pytest.importorskip("h5py", reason="h5py is missing: Keras files can't be read")
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from making import half_star, make_select_job
 
-from relion_cryofilter.data.labelled import split_by_micrograph
-from relion_cryofilter.data.particles import concatenate, read_particles
 from relion_cryofilter.errors import CryoFilterError, StarError
-from relion_cryofilter.relion.labels import read_labels
+from relion_cryofilter.particles.labels import read_labels
+from relion_cryofilter.particles.particles import concatenate, read_particles
+from relion_cryofilter.particles.splits import split_by_micrograph
 
 
 @pytest.fixture
@@ -128,6 +128,38 @@ def test_the_class_is_read_from_the_reference(select_job, reference, kept):
     assert read_labels(select_job / "particles.star").labels.sum() == kept
 
 
+def test_a_job_star_with_odd_options_is_read(select_job):
+    with (select_job / "job.star").open("a") as file:
+        file.write("qsub_extra1 \"-p 'big mem' --comment='a#b'\"\nother_args nan\n")
+    assert read_labels(select_job / "particles.star").labels.sum() == 24
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"data_\n\nloop_\n_rlnReferenceImage #1\n\n", "lists no classes"),
+        (b"data_\n\nloop_\n_rlnSelected #1\n1\n", "lists no classes"),
+        (b"data_\n_rlnReferenceImage\n", "can't be read as a STAR table"),
+        (b"data_\n\nloop_\n_rlnReferenceImage #1\nx\ny z\n", "can't be read as a STAR table"),
+        (b"data_\n\nloop_\n_rlnReferenceImage #1\n1@\xff.mrcs\n", "no table found"),
+        (
+            b"data_\n\nloop_\n_rlnReferenceImage #1\nx.mrcs\n",
+            "rlnReferenceImage is 'x.mrcs'; expected",
+        ),
+    ],
+)
+def test_class_averages_that_say_nothing_are_refused_until_they_are_corrected(
+    select_job, text, message
+):
+    path = select_job / "class_averages.star"
+    good = path.read_bytes()
+    path.write_bytes(text)
+    with pytest.raises(CryoFilterError, match=rf"class_averages\.star: {message}"):
+        read_labels(select_job / "particles.star")
+    path.write_bytes(good)
+    assert read_labels(select_job / "particles.star").labels.sum() == 24
+
+
 @pytest.mark.parametrize("number", ["abc", "nan", "1.5"])
 def test_a_class_number_that_is_none_is_refused(select_job, number):
     text = (select_job / "class_averages.star").read_text()
@@ -237,20 +269,20 @@ def test_the_split_does_not_depend_on_the_order_of_the_rows(tmp_path):
     assert single.unit == "particle"
 
 
-def test_neighbours_are_told_by_micrograph_whatever_was_shared_out(tmp_path):
+def test_neighbours_are_those_of_one_micrograph_whatever_the_split_is_by(tmp_path):
     particles = particles_of(2, 50, tmp_path)
     split = split_by_micrograph(particles, np.arange(100) % 2 == 0, 0.7, 0)
     assert (split.unit, split.cluster_unit) == ("particle", "micrograph")
     assert set(split.clusters) == {0, 1}
 
 
-def test_without_micrograph_names_whole_stacks_are_shared_out(tmp_path):
+def test_without_micrograph_names_the_split_is_by_stack(tmp_path):
     particles = particles_of(12, 10, tmp_path, named=False)
     labels = np.arange(120) % 2 == 0
     assert split_by_micrograph(particles, labels, 0.7, 0).unit == "stack"
 
 
-def test_where_no_group_holds_both_kinds_particles_are_shared_out(tmp_path):
+def test_where_no_group_holds_both_kinds_the_split_is_by_particle(tmp_path):
     particles = particles_of(2, 50, tmp_path)
     labels = np.arange(100) < 50
     split = split_by_micrograph(particles, labels, 0.7, 0)

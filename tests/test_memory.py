@@ -9,7 +9,7 @@ import pytest
 HELD_AFTER_USE = """
 from pathlib import Path
 import torch
-from relion_cryofilter.nn.memory import keep_freed_memory
+from relion_cryofilter.images.batches import keep_freed_memory
 
 def held():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20

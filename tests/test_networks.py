@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from relion_cryofilter.errors import CryoFilterError
-from relion_cryofilter.nn.network import plane
-from relion_cryofilter.nn.networks import NETWORKS, build_network
+from relion_cryofilter.nn.networks import NETWORKS, build_network, plane
 
 
 @pytest.mark.parametrize("name", ["straight", "roberts"])

@@ -10,8 +10,13 @@ from hypothesis import given, settings
 from making import fractions, has_six_decimals, scored_sets, unhurried
 
 from relion_cryofilter.errors import CryoFilterError, ModelError
-from relion_cryofilter.results.operating_curve import MAX_QUANTILES, OperatingCurve, share_interval
-from relion_cryofilter.results.thresholds import ThresholdRequest, choose_threshold
+from relion_cryofilter.kinds import ThresholdRequest
+from relion_cryofilter.thresholds import (
+    MAX_QUANTILES,
+    OperatingCurve,
+    choose_threshold,
+    share_interval,
+)
 
 
 def made_set(n, seed=0):
@@ -26,6 +31,7 @@ def curve_of(labels, scores):
     return OperatingCurve.from_scores(labels, scores, np.zeros(len(labels), int))
 
 
+@pytest.mark.slow
 @settings(unhurried, max_examples=30)
 @given(scored_sets(), fractions)
 def test_the_curve_of_a_small_set_is_the_set(labelled, value):
@@ -118,6 +124,7 @@ def test_the_interval_of_a_share_is_wilsons():
     assert share_interval(1.0, 10).high == 1.0
 
 
+@pytest.mark.slow
 def test_further_good_particles_steady_the_recall_and_leave_the_counts():
     """A recall from 40 good particles varies; with 400 more of the same kind it hardly does."""
     rng = np.random.default_rng(0)

@@ -10,9 +10,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from relion_cryofilter.data.names import parse_image_name, parse_image_names
-from relion_cryofilter.data.particles import particles_of_stacks, read_particles
 from relion_cryofilter.errors import StarError
+from relion_cryofilter.particles.particles import (
+    parse_image_name,
+    parse_image_names,
+    particles_of_stacks,
+    read_particles,
+)
 
 HEAD = "data_particles\n\nloop_\n_rlnImageName #1\n"
 
@@ -52,7 +56,7 @@ def test_many_image_names_are_split_like_each_one(names):
 
 @pytest.mark.parametrize("name", ["0@x.mrcs", "x@y.mrcs", "-1@x.mrcs", "1@", "1.5@x.mrcs"])
 def test_an_image_name_that_makes_no_sense_is_refused_with_its_line(tmp_path, name):
-    with pytest.raises(StarError, match=r"line 5: the image name is .*expected N@stack"):
+    with pytest.raises(StarError, match=r"\(line 5\): the image name is .*expected N@stack"):
         read_particles(star(tmp_path / "a.star", HEAD + f"{name}\n"))
 
 
@@ -60,10 +64,9 @@ def test_optics_groups_are_looked_up_row_by_row(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     particles = read_particles(making.write_project(tmp_path, boxes=(32, 64)))
     mics = [particles.micrographs[number] for number in particles.micrograph_of]
-    boxes = [particles.optics[number].box_px for number in particles.optics_of]
     pixel_sizes = [particles.optics[number].pixel_size_angstrom for number in particles.optics_of]
-    assert boxes == [32 if mic in ("Mics/mic0.mrc", "Mics/mic2.mrc") else 64 for mic in mics]
-    assert pixel_sizes == [3.0 * 32 / box for box in boxes]
+    even = ("Mics/mic0.mrc", "Mics/mic2.mrc")
+    assert pixel_sizes == [3.0 if mic in even else 1.5 for mic in mics]
 
 
 def test_optics_may_come_after_the_particles(tmp_path):
@@ -76,8 +79,19 @@ def test_optics_may_come_after_the_particles(tmp_path):
 def test_an_optics_group_without_entry_is_refused(tmp_path):
     text = "data_optics\n\nloop_\n_rlnOpticsGroup #1\n1\n\n" + HEAD
     path = star(tmp_path / "a.star", text + "_rlnOpticsGroup #2\n1@a.mrcs 1\n2@a.mrcs 3\n")
-    with pytest.raises(StarError, match=r"line 13: optics group 3 is not in data_optics, .* has 1"):
+    with pytest.raises(
+        StarError, match=r"row 2 \(line 13\): optics group 3 is not in data_optics, .* has 1"
+    ):
         read_particles(path)
+
+
+def test_a_part_of_a_set_has_no_table_and_names_its_images(tmp_path):
+    particles = read_particles(star(tmp_path / "a.star", HEAD + "1@a.mrcs\n7@b.mrcs\n"))
+    part = particles.take(np.array([1]))
+    assert part.table is None
+    assert particles.table.labels == ("rlnImageName",)
+    assert particles.place(1) == f"{tmp_path}/a.star, row 2 (line 6)"
+    assert part.place(0) == "000007@b.mrcs"
 
 
 def test_the_pixel_size_of_relion_30_comes_from_the_magnification(tmp_path):

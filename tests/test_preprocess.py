@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from relion_cryofilter.errors import CryoFilterError
-from relion_cryofilter.nn.preprocess import (
+from relion_cryofilter.images.preprocess import (
     BlurResize,
     FourierCrop,
     d4_views,
+    fourier_crop_operator,
     preprocess_from_dict,
     roberts_cross,
 )
-from relion_cryofilter.nn.shrinking import fourier_crop_operator
 
 RECIPES = [BlurResize(), BlurResize(dim=32, roberts=True), FourierCrop(), FourierCrop(28, 3.0)]
 

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from making import make_select_job, tiny_model, write_project
 
-from relion_cryofilter.nn.checkpoint import load_model
-from relion_cryofilter.nn.ranks import Ranks, _first_node
-from relion_cryofilter.processes import process_count, process_number
+from relion_cryofilter.nn.model import load_model
+from relion_cryofilter.processes import Ranks, _first_node, process_count, process_number
 from relion_cryofilter.relion import job
 
 NAMES = ("particles.star", "particles_accepted.star", "particles_rejected.star", "scores.csv")
@@ -69,8 +67,7 @@ def test_a_fault_in_any_process_leaves_a_failed_job(scoring, tmp_path):
 
 
 @pytest.mark.slow
-def test_training_in_two_processes_gives_the_model_of_one(tmp_path, monkeypatch):
-    """Equal but for rounding: gradients are added up in another order."""
+def test_a_training_started_as_two_processes_is_done_by_the_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_project(tmp_path, n_micrographs=4, per_micrograph=24)
     make_select_job(tmp_path)
@@ -79,9 +76,7 @@ def test_training_in_two_processes_gives_the_model_of_one(tmp_path, monkeypatch)
     assert job.main([*words, "one"]) == 0
     two = torchrun(*words, "two")
     assert two.returncode == 0, two.stderr
-    states = [load_model(f"{o}/model.safetensors").network.state_dict() for o in ("one", "two")]
-    for name, tensor in states[0].items():
-        torch.testing.assert_close(states[1][name], tensor, atol=1e-4, rtol=1e-3, msg=name)
+    assert load_model("one/model.safetensors").hash == load_model("two/model.safetensors").hash
     assert two.stdout.count("Epoch   1:") == 1
 
 

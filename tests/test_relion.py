@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from making import JOB, PATIENCE_S, ROOT, run_to_end, started, wait_until
 
-from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.star import columns
+from relion_cryofilter.particles.particles import read_particles
 from relion_cryofilter.relion import job
 
 pytestmark = pytest.mark.relion
@@ -163,7 +162,7 @@ def test_abort_in_mid_run_then_continue(project, monkeypatch):
 def values_of(path):
     particles = read_particles(Path(path))
     label = ["rlnParticleFigureOfMerit"]
-    return [value for (value,) in columns(particles.star, particles.loop, label)]
+    return [value for (value,) in particles.table.columns(label)]
 
 
 def test_star_handler_selects_the_particles_that_we_accepted(scored):
@@ -219,14 +218,13 @@ def test_star_handler_reads_back_what_we_wrote_for_the_corpus(shared, tmp_path):
         text = path.read_bytes()
         if b"data_optics" not in text or b"rlnImageName" not in text:
             continue
-        from relion_cryofilter.data.star import particle_loop, read_star
-        from relion_cryofilter.data.star_writing import write_scored
+        from relion_cryofilter.particles.star import particle_loop, read_star
 
         star = read_star(path)
         loop = particle_loop(star)
         scores = np.round(np.random.default_rng(1).random(loop.n_rows), 6)
         out = tmp_path / path.name
-        write_scored(star, loop, "rlnParticleFigureOfMerit", scores, {out: scores >= 0})
+        loop.write({out: scores >= 0}, scores)
         relion("star_handler", "--i", str(out), "--o", str(tmp_path / "b.star"),
                "--operate", "rlnParticleFigureOfMerit", "--multiply_by", "1")  # fmt: skip
         assert [float(v) for v in values_of(tmp_path / "b.star")] == scores.tolist()

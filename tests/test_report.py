@@ -20,29 +20,32 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 from sklearn.decomposition import PCA
 
-from relion_cryofilter.commands import report as reporting
-from relion_cryofilter.commands.report_facts import options_text, select_command
-from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.star_numbers import read_numbers
+from relion_cryofilter.evaluation import curves, evaluate
+from relion_cryofilter.images.thumbnails import THUMBNAIL_PX, sprite, thumbnails
 from relion_cryofilter.options import ScoreOptions
+from relion_cryofilter.particles.particles import read_particles
+from relion_cryofilter.progress import counted
 from relion_cryofilter.relion import job
-from relion_cryofilter.results import charts, figures
-from relion_cryofilter.results.cuts import Cuts, cuts_of, histogram_edges, histogram_of
-from relion_cryofilter.results.metrics import curves, evaluate
-from relion_cryofilter.results.names import distinct_names
-from relion_cryofilter.results.report_data import (
+from relion_cryofilter.results import charts
+from relion_cryofilter.results import report as reporting
+from relion_cryofilter.results.charts import distinct_names
+from relion_cryofilter.results.report import options_text, select_command
+from relion_cryofilter.results.summaries import (
+    Cuts,
+    cuts_of,
     feature_map,
+    histogram_edges,
+    histogram_of,
     micrographs_of,
     trend_of,
 )
-from relion_cryofilter.results.thumbnails import THUMBNAIL_PX, sprite, thumbnails
-from relion_cryofilter.wording import counted
 
 
 def pages_of(path=Path(JOB, "logfile.pdf")):
     return len(re.findall(rb"/Type /Page\b", path.read_bytes()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job_star", ["", "_rlnJobTypeLabel relion.external\n"])
 def test_the_pdf_is_registered_for_relions_display_menu(project, job_star):
     Path(JOB).mkdir(parents=True)
@@ -98,6 +101,7 @@ STAR_WITHOUT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lacking", STAR_WITHOUT)
 def test_what_the_table_lacks_is_left_out(project, lacking):
     star = Path("Extract/job001/particles.star")
@@ -108,6 +112,7 @@ def test_what_the_table_lacks_is_left_out(project, lacking):
     assert ("The input names no micrographs" in text) == (lacking == "micrograph names")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -155,6 +160,7 @@ def test_plain_stacks_are_reported_and_files_without_a_folder_get_no_report(proj
     assert [path.name for path in Path("x").iterdir()] == ["scores.csv"]
 
 
+@pytest.mark.slow
 def test_bad_images_are_counted_and_not_shown(project):
     stack = making.blobs(12, 32)
     stack[3] = 0
@@ -173,7 +179,7 @@ def test_a_report_that_fails_is_a_loud_warning_and_loses_nothing(project, monkey
     def fail(*_):
         raise RuntimeError("no fonts here")
 
-    monkeypatch.setattr(reporting, "_score_report", fail)
+    monkeypatch.setattr(reporting, "score_report", fail)
     score_project()
     said = capsys.readouterr().out
     assert (
@@ -209,9 +215,8 @@ def test_narrow_scores_are_seen_from_near():
     low, high = histogram_edges(np.array([0.41, 0.43]), 0.42)[[0, -1]]
     assert 0.39 < low < 0.41
     assert 0.43 < high < 0.45
-    assert histogram_of(np.array([0.41, 0.43]), 0.42).counts.sum() == 2
-    steep = histogram_of(np.repeat([0.01, 0.3, 0.6, 0.9], [9000, 10, 20, 30]), 0.5)
-    assert steep.steep
+    assert histogram_of(np.array([0.41, 0.43]), 0.42, 1).counts.sum() == 2
+    assert histogram_of(np.repeat([0.01, 0.3, 0.6, 0.9], [9000, 10, 20, 30]), 0.5, 50).steep
 
 
 def test_micrographs_that_accept_far_less_are_named():
@@ -221,10 +226,14 @@ def test_micrographs_that_accept_far_less_are_named():
     accepted = rng.random(4000) < np.where(of == 7, 0.05, 0.6)
     table = micrographs_of(names, of, accepted)
     assert table.outliers()[0] == [7]
-    figure = Figure()
-    charts.draw_micrographs(axes := figure.subplots(), table)
+    (chart,) = charts.set_charts(table)
+    chart.draw(axes := Figure().subplots())
     assert axes.texts[0].get_text().startswith("Lowest:\n")
     assert axes.texts[0].get_text().endswith("mic7")
+    title, (line,) = table.in_words()[0]
+    assert title == "Lowest acceptance: outlying micrographs"
+    assert line.startswith("mic7.mrc: ")
+    assert charts.set_charts(micrographs_of(["one"], of * 0, accepted)) == []
 
 
 def test_names_are_shortened_by_what_all_share():
@@ -264,7 +273,15 @@ def test_pictures_have_one_size_and_one_contrast(shape):
     assert made.shape == (shape[0], THUMBNAIL_PX, THUMBNAIL_PX)
     assert np.allclose(made.mean(axis=(1, 2)), 127.5, atol=2)
     assert np.allclose(made.std(axis=(1, 2)), 127.5 / 3, rtol=0.05)
-    assert (thumbnails(np.ones(shape), None) == 128).all()
+    for blank in (1.0, 0.1, 1000.1):
+        assert (thumbnails(np.full(shape, blank), None) == 128).all()
+
+
+def test_the_picture_of_a_turned_particle_is_the_picture_turned():
+    image = np.random.default_rng(0).normal(size=(1, 100, 100))
+    for turn in (np.fliplr, np.rot90):
+        made, expected = thumbnails(turn(image[0])[None], 1.5)[0], turn(thumbnails(image, 1.5)[0])
+        assert np.abs(made.astype(int) - expected).max() <= 1
 
 
 def test_a_picture_is_the_image_in_small():
@@ -288,7 +305,7 @@ def test_columns_are_read_as_numbers_whatever_the_text(tmp_path):
         '1@a.mrcs 1.5e4 "3"\n2@a.mrcs nonsense 4 # 5\n3@a.mrcs nan 5\n\n'
     )
     particles = read_particles(star)
-    table = read_numbers(particles.star, particles.loop, ["rlnCoordinateX", "rlnDefocusU", "x"])
+    table = particles.table.numbers(["rlnCoordinateX", "rlnDefocusU", "x"])
     assert list(table) == ["rlnCoordinateX", "rlnDefocusU"]
     assert table["rlnCoordinateX"].tolist() == [3, 4, 5]
     assert np.array_equal(table["rlnDefocusU"], np.float32([15000, np.nan, np.nan]), equal_nan=True)
@@ -314,8 +331,10 @@ def test_one_is_not_many():
 
 def test_a_single_bin_of_the_reliability_is_a_point_and_said_to_be_one():
     labels, scores = [True, False, True], [0.5, 0.5, 0.5]
-    axes = Figure().subplots()
-    figures.draw_reliability(axes, curves(labels, scores), evaluate(labels, scores, [0, 1, 2], 0.5))
+    found = charts.evaluation_charts(
+        curves(labels, scores), evaluate(labels, scores, [0, 1, 2], 0.5)
+    )
+    {chart.name: chart for chart in found}["reliability"].draw(axes := Figure().subplots())
     texts = [text.get_text() for text in axes.get_legend().get_texts()]
     assert "the only bin that holds images" in texts
 
@@ -349,6 +368,7 @@ def test_a_training_reports_its_test_part_its_epochs_and_its_doubts(labelled):
     assert "logfile.pdf 13" in Path(JOB, "RELION_OUTPUT_NODES.star").read_text()
 
 
+@pytest.mark.slow
 def test_a_measurement_reports_the_whole_labelled_set(labelled, capsys):
     assert job.main(f"metrics --o {JOB} {labelled} --weights model.safetensors".split()) == 0
     data = data_of()

@@ -95,6 +95,7 @@ def test_the_page_opens_at_the_jobs_threshold_without_errors(page):
     assert page.errors() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("key", "times"), [(Keys.ARROW_RIGHT, 9), (Keys.ARROW_LEFT, 14)])
 def test_the_slider_moves_line_counts_and_galleries(page, key, times):
     scores = scores_of(f"{JOB}particles.star")

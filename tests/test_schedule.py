@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from making import PATIENCE_S, ROOT, run_to_end, started, wait_until
 
-from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.simulate import random_molecule
-from relion_cryofilter.data.simulate.micrograph import simulate_micrograph
+from relion_cryofilter.particles.particles import read_particles
+from relion_cryofilter.simulate import random_molecule
+from relion_cryofilter.simulate.micrograph import simulate_micrograph
 
 pytestmark = pytest.mark.relion
 BOX, PICKS = 64, 12

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from making import blobs, started, tiny_model, write_project, write_stack
 
-from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.score_cache import ScoreCache, _whole_records
+from relion_cryofilter.nn.score_cache import ScoreCache, _whole_records
+from relion_cryofilter.particles.particles import read_particles
 from relion_cryofilter.relion import job
 
 OUT = "External/job002/"
@@ -73,6 +73,7 @@ def size_of_journal():
     return JOURNAL.stat().st_size if JOURNAL.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_second_run_scores_nothing_and_writes_the_same(project, capsys):
     assert score() == 0
     first = outputs()
@@ -105,6 +106,7 @@ def test_a_changed_stack_is_scored_again(scored, tmp_path, capsys):
     assert scored_now(capsys) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["--tta"], ["--precision", "bf16"], "other model"])
 def test_other_models_and_options_score_all_again(scored, words, capsys):
     if words == "other model":
@@ -114,6 +116,7 @@ def test_other_models_and_options_score_all_again(scored, words, capsys):
     assert scored_now(capsys) == 120
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 7, 300])
 def test_a_cut_off_journal_is_used_as_far_as_it_is_whole(scored, cut, capsys):
     first = outputs()
@@ -137,6 +140,7 @@ def test_a_damaged_journal_is_noticed_and_rebuilt(scored, capsys):
     assert sum(len(record.places) for record in records()) == 120
 
 
+@pytest.mark.slow
 def test_what_is_not_a_journal_is_replaced(project, capsys):
     Path(OUT).mkdir(parents=True)
     JOURNAL.write_bytes(os.urandom(5000))
@@ -146,6 +150,7 @@ def test_what_is_not_a_journal_is_replaced(project, capsys):
     assert scored_now(capsys) == 0
 
 
+@pytest.mark.slow
 def test_bad_images_are_not_kept(project, tmp_path, capsys):
     images = blobs(20, 32)
     images[3] = 0

@@ -12,19 +12,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from relion_cryofilter.commands.models import BUNDLED_MODEL
-from relion_cryofilter.data.particles import particles_of_stacks, read_particles
-from relion_cryofilter.data.stacks import read_header
 from relion_cryofilter.errors import Aborted, ImageError
-from relion_cryofilter.nn.checkpoint import load_model
-from relion_cryofilter.nn.devices import choose_devices
-from relion_cryofilter.nn.scoring import score_particles
+from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
+from relion_cryofilter.nn.networks import choose_devices
+from relion_cryofilter.nn.scoring import How, score_particles
+from relion_cryofilter.particles.particles import particles_of_stacks, read_particles
+from relion_cryofilter.particles.stacks import read_header
 from relion_cryofilter.progress import Progress
 
 
 def run(path, model, **options):
     particles = read_particles(path)
-    return score_particles(particles, [model], Progress(len(particles), "particles"), **options)
+    kept = {name: options.pop(name) for name in ("features_path", "sample") if name in options}
+    progress = Progress(len(particles), "particles")
+    return score_particles(particles, [model], progress, How(**options), **kept)
 
 
 def one_by_one(path, model, tta=False):
@@ -120,7 +121,7 @@ def test_skip_bad_scores_them_zero_and_leaves_the_others_alone(project):
 
 def test_a_missing_stack_fails_before_anything_is_read(project, monkeypatch):
     (project / "Extract/job001/Mics/mic2.mrcs").unlink()
-    monkeypatch.setattr("relion_cryofilter.nn.pipeline.StackReader", None)
+    monkeypatch.setattr("relion_cryofilter.images.batches.StackReader", None)
     with pytest.raises(
         ImageError, match="12 of 48 images can't be used: 12 in stacks that can't be read"
     ):
@@ -132,7 +133,7 @@ def test_an_abort_stops_within_a_few_batches(project):
     asked = iter([False, True])
     progress = Progress(48, "particles", lambda: next(asked))
     with pytest.raises(Aborted, match="Stopped on request after 4 of 48 particles"):
-        score_particles(particles, [making.tiny_model()], progress, batch_size=2)
+        score_particles(particles, [making.tiny_model()], progress, How(batch_size=2))
     assert progress.done == 4
 
 
@@ -160,7 +161,10 @@ def test_bfloat16_moves_scores_by_a_hundredth_at_most_or_little_more(tmp_path, m
     particles = particles_of_stacks([Path("a.mrcs")])
     found = [
         score_particles(
-            particles, [replace(model, precision=dtype)], Progress(300, "particles"), skip_bad=True
+            particles,
+            [replace(model, precision=dtype)],
+            Progress(300, "particles"),
+            How(skip_bad=True),
         )
         for dtype in (torch.float32, torch.bfloat16)
     ]

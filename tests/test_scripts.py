@@ -9,7 +9,10 @@ import sys
 import pytest
 from making import ROOT
 
-SCRIPTS = sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")])
+SCRIPTS = [
+    *sorted([*ROOT.glob("examples/*.py"), *ROOT.glob("benchmarks/*.py")]),
+    ROOT / "benchmarks/pretraining/pretrain.py",
+]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 

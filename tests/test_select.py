@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from making import JOB
 
-from relion_cryofilter.data.particles import read_particles
+from relion_cryofilter.particles.particles import read_particles
 from relion_cryofilter.relion import job
 
 

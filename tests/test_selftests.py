@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from relion_cryofilter.data.simulate import simulate_images
-from relion_cryofilter.nn.small_images import _background
-from relion_cryofilter.results.selftests import (
+from relion_cryofilter.images.small_images import _background
+from relion_cryofilter.nn.selftests import (
     copies_test,
     evidence_test,
     leak_tests,
@@ -15,6 +14,7 @@ from relion_cryofilter.results.selftests import (
     permutation_test,
     split_test,
 )
+from relion_cryofilter.simulate import simulate_images
 
 
 def statistics(images):
@@ -44,6 +44,7 @@ def test_a_clean_set_raises_no_alarm(simulated):
     assert not alarms(*simulated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.7, 0.97, 1.03, 1.1, 1.5])
 def test_negatives_scaled_differently_raise_the_alarm(simulated, scale):
     images, labels, origin = simulated

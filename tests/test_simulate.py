@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -16,18 +17,22 @@ import starfile
 from making import PATIENCE_S
 from sklearn.metrics import roc_auc_score
 
-from relion_cryofilter.data import simulate
+from relion_cryofilter import simulate
 from relion_cryofilter.errors import UsageError
+from relion_cryofilter.simulate.micrograph import ctf
 
 N_MICROGRAPHS, N_PICKS, BOX = 3, 20, 32
 
 
 def _project(folder: Path, **options: object) -> Path:
+    boxes = {"box_px": BOX, "pixel_size_angstrom": 6.0}
+    for item in dataclasses.fields(simulate.Boxes):
+        if item.name in options:
+            boxes[item.name] = options.pop(item.name)
     settings = {
         "n_micrographs": N_MICROGRAPHS,
         "particles_per_micrograph": N_PICKS,
-        "box_px": BOX,
-        "pixel_size_angstrom": 6.0,
+        "boxes": simulate.Boxes(**boxes),
         **options,
     }
     return simulate.simulate_project(folder, **settings)
@@ -265,7 +270,7 @@ def test_the_ctf_has_its_zeros_where_the_formula_puts_them() -> None:
     # Without Cs, astigmatism and amplitude contrast: zeros at u = sqrt(k / (L dz)); 300 kV has
     # L = 0.01969 Å (relativistic; any electron microscopy textbook's table).
     parameters = simulate.CtfParameters(cs_mm=0, amplitude_contrast=0, b_factor=0)
-    curve = simulate.ctf((2, 4096), 1.0, parameters)[0, :700]
+    curve = ctf((2, 4096), 1.0, parameters)[0, :700]
     u = np.fft.rfftfreq(4096, 1.0)[:700]
     zeros = u[1:][np.diff(np.sign(curve)) != 0]
     assert zeros[1:6] == pytest.approx(np.sqrt(np.arange(1, 6) / (0.01969 * 15000)), rel=0.01)
@@ -274,9 +279,9 @@ def test_the_ctf_has_its_zeros_where_the_formula_puts_them() -> None:
 
 def test_astigmatism_puts_defocus_u_along_its_angle() -> None:
     parameters = simulate.CtfParameters(20000, 10000, 90, cs_mm=0, b_factor=0)
-    along_v = simulate.ctf((256, 256), 3.0, parameters)[1:100, 0]
+    along_v = ctf((256, 256), 3.0, parameters)[1:100, 0]
     expected = simulate.CtfParameters(20000, 20000, 0, cs_mm=0, b_factor=0)
-    assert np.allclose(along_v, simulate.ctf((256, 256), 3.0, expected)[1:100, 0])
+    assert np.allclose(along_v, ctf((256, 256), 3.0, expected)[1:100, 0])
 
 
 @pytest.mark.parametrize("symmetry", ["C1", "C4", "D2", "D7"])
@@ -294,6 +299,7 @@ def test_molecules_are_centred_as_large_as_asked_and_symmetric(symmetry: str) ->
         assert apart.max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statistic", ["mean", "std", "corner std", "min", "max"])
 @pytest.mark.parametrize("kind", ["empty", "off_centre", "broken"])
 def test_no_simple_statistic_tells_particles_from_junk(

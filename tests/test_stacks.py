@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relion_cryofilter.data.bad_images import check_stacks
-from relion_cryofilter.data.particles import particles_of_stacks, read_particles
-from relion_cryofilter.data.stacks import StackReader, plan_batches, read_header
 from relion_cryofilter.errors import ImageError
+from relion_cryofilter.images.bad import check_stacks
+from relion_cryofilter.particles.particles import particles_of_stacks, read_particles
+from relion_cryofilter.particles.stacks import StackReader, plan_batches, read_header
 
 
 def read_all(path, batch_size=3):
@@ -35,10 +35,21 @@ def test_every_mode_byte_order_and_extended_header_is_read(tmp_path, mode, order
     assert np.array_equal(read_all(tmp_path / "a.mrcs"), images)
 
 
+@pytest.mark.parametrize("mode", [0, 2])
 @pytest.mark.parametrize("order", ["<", ">"])
-def test_a_missing_machine_stamp_does_not_matter(tmp_path, order):
-    images = making.blobs(4, 10)
-    making.write_stack(tmp_path / "a.mrcs", images, order=order, stamp=False)
+def test_a_missing_machine_stamp_does_not_matter(tmp_path, mode, order):
+    images = np.round(making.blobs(4, 10) * 10)
+    making.write_stack(tmp_path / "a.mrcs", images, mode=mode, order=order, stamp=False)
+    assert np.array_equal(read_all(tmp_path / "a.mrcs"), images)
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 6, 12])
+def test_a_machine_stamp_of_the_other_byte_order_does_not_matter(tmp_path, mode):
+    images = np.round(making.blobs(4, 10) * 10 + 50)
+    making.write_stack(tmp_path / "a.mrcs", images, mode=mode, order=">")
+    data = bytearray((tmp_path / "a.mrcs").read_bytes())
+    data[212:214] = b"\x44\x44"
+    (tmp_path / "a.mrcs").write_bytes(data)
     assert np.array_equal(read_all(tmp_path / "a.mrcs"), images)
 
 

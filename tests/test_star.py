@@ -10,17 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from making import without_score
 
-from relion_cryofilter.data import star_layout
-from relion_cryofilter.data.particles import read_particles
-from relion_cryofilter.data.star import (
-    columns,
-    particle_loop,
-    read_star,
-    tokens,
-)
-from relion_cryofilter.data.star_labels import SCORE_LABEL
-from relion_cryofilter.data.star_writing import write_scored
 from relion_cryofilter.errors import StarError
+from relion_cryofilter.files import SCORE_LABEL
+from relion_cryofilter.particles import star as star_layout
+from relion_cryofilter.particles.particles import read_particles
+from relion_cryofilter.particles.star import particle_loop, read_star, tokens
 
 HEAD = "data_particles\n\nloop_\n_rlnImageName #1\n_rlnVoltage #2\n"
 
@@ -28,11 +22,10 @@ HEAD = "data_particles\n\nloop_\n_rlnImageName #1\n_rlnVoltage #2\n"
 def scored(path: Path, text: str | bytes, values: list[float] | None = None) -> bytes:
     """Write `text` to a file, score it, and return the result."""
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    star = read_star(path)
-    loop = particle_loop(star)
+    loop = particle_loop(read_star(path))
     out = path.with_name("out.star")
     scores = np.array(values if values is not None else np.linspace(0, 1, loop.n_rows))
-    write_scored(star, loop, SCORE_LABEL, scores, {out: np.ones(loop.n_rows, bool)})
+    loop.write({out: np.ones(loop.n_rows, bool)}, scores)
     return out.read_bytes()
 
 
@@ -83,24 +76,70 @@ def test_a_comment_stays_after_the_new_value(tmp_path):
 def test_subsets_share_the_head_and_split_the_rows(tmp_path):
     path = tmp_path / "a.star"
     path.write_text(HEAD + "".join(f"{i}@a.mrcs 300 \n" for i in range(1, 7)) + "\n")
-    star = read_star(path)
     keep = np.array([True, False, True, True, False, False])
     files = {tmp_path / "yes.star": keep, tmp_path / "no.star": ~keep}
-    write_scored(star, particle_loop(star), SCORE_LABEL, np.linspace(0, 1, 6), files)
+    particle_loop(read_star(path)).write(files, np.linspace(0, 1, 6))
     names = []
     for file in files:
-        part = read_star(file)
-        names.append([name for (name,) in columns(part, particle_loop(part), ["rlnImageName"])])
+        part = particle_loop(read_star(file))
+        names.append([name for (name,) in part.columns(["rlnImageName"])])
     assert names == [["1@a.mrcs", "3@a.mrcs", "4@a.mrcs"], ["2@a.mrcs", "5@a.mrcs", "6@a.mrcs"]]
+
+
+def test_without_scores_the_rows_are_copied_and_may_all_be_left_out(tmp_path):
+    text = HEAD + "1@a.mrcs 300 # x\n2@'a b'.mrcs\t7\n\ndata_x\n_y 1\n"
+    (tmp_path / "a.star").write_text(text)
+    loop = particle_loop(read_star(tmp_path / "a.star"))
+    out, first = tmp_path / "out.star", tmp_path / "first.star"
+    loop.write({out: np.ones(2, bool), first: np.array([True, False])})
+    assert out.read_text() == text
+    assert first.read_text() == text.replace("2@'a b'.mrcs\t7\n", "")
+    for _ in range(2):
+        loop.remove(out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("odd", ["", "3@a.mrcs 'x y' 0.5 2\n"])
+def test_columns_are_read_as_numbers_and_what_is_none_is_nan(tmp_path, odd):
+    rows = "1@a.mrcs 12.5 0.25 1\n2@a.mrcs nan 1.0 2.000000\n3@a.mrcs x 0 3\n" + odd
+    labels = f"_rlnDefocusU #2\n_{SCORE_LABEL} #3\n_rlnClassNumber #4\n"
+    head = "data_\n\nloop_\n_rlnImageName #1\n" + labels
+    (tmp_path / "a.star").write_text(head + rows)
+    loop = particle_loop(read_star(tmp_path / "a.star"))
+    found = loop.numbers(["rlnDefocusV", "rlnDefocusU"])
+    assert list(found) == ["rlnDefocusU"]
+    assert found["rlnDefocusU"].dtype == np.float32
+    expected = [12.5, np.nan, np.nan, np.nan][: loop.n_rows]
+    assert np.array_equal(found["rlnDefocusU"], np.array(expected, np.float32), equal_nan=True)
+    assert loop.scores().tolist() == [0.25, 1.0, 0.0, 0.5][: loop.n_rows]
+    assert loop.classes().tolist() == [1, 2, 3, 2][: loop.n_rows]
+    assert loop.classes().dtype == np.int64
+    assert (loop.suffix, loop.numbers([])) == (".star", {})
+
+
+@pytest.mark.parametrize("text", ["1.5", "-0.1", "nan", "inf", "x"])
+def test_a_score_or_class_that_is_none_is_named_with_its_row_and_line(tmp_path, text):
+    head = f"data_\n\nloop_\n_rlnImageName #1\n_{SCORE_LABEL} #2\n_rlnClassNumber #3\n"
+    (tmp_path / "a.star").write_text(head + f"1@a.mrcs 0.5 1\n2@a.mrcs {text} {text}\n")
+    loop = particle_loop(read_star(tmp_path / "a.star"))
+    where = r"a\.star, row 2 \(line 8\): "
+    with pytest.raises(StarError, match=f"{where}{SCORE_LABEL} is '{text}'; expected a score from"):
+        loop.scores()
+    with pytest.raises(StarError, match=f"{where}rlnClassNumber is '{text}'; expected a number"):
+        loop.classes()
+    with pytest.raises(
+        StarError, match=r"has no column mine\. Give the particles\.star of a score"
+    ):
+        loop.scores("mine")
 
 
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
     path, out = tmp_path / "a.star", tmp_path / "out.star"
     path.write_text(HEAD + "1@a.mrcs 300\n")
     out.write_text("old")
-    star = read_star(path)
+    loop = particle_loop(read_star(path))
     with pytest.raises(TypeError):
-        write_scored(star, particle_loop(star), SCORE_LABEL, np.array(["x"]), {out: np.ones(1)})
+        loop.write({out: np.ones(1)}, np.array(["x"]))
     assert out.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.star", "out.star"]
 
@@ -147,7 +186,7 @@ def test_what_relion_would_misread_is_refused_with_line_and_cure(tmp_path, text,
     path = tmp_path / "a.star"
     path.write_bytes(text.encode())
     with pytest.raises(StarError, match=f"(?s){message}"):
-        list(columns(star := read_star(path), particle_loop(star), ["rlnImageName"]))
+        list(particle_loop(read_star(path)).columns(["rlnImageName"]))
 
 
 def test_a_missing_file_names_the_working_directory(tmp_path):
@@ -207,6 +246,7 @@ def test_any_star_text_comes_back_when_the_score_is_taken_away(tmp_path_factory,
     assert without_score(scored(path, text)) == text.encode()
 
 
+@pytest.mark.slow
 def test_two_hundred_thousand_random_rows_come_back(tmp_path):
     rng = np.random.default_rng(5)
     words = np.array(["0012", "2.500000e-07", "-0.0", "d'Ar.mrc", "m#2.mrc", "1e400", "x", "[1,2]"])
@@ -241,7 +281,7 @@ def test_a_file_is_the_same_read_in_small_pieces_and_at_once(tmp_path, monkeypat
         out = scored(tmp_path / "a.star", text)
         star = read_star(tmp_path / "a.star")
         loop = particle_loop(star)
-        found.append((star, list(columns(star, loop, loop.labels)), out))
+        found.append((star, list(loop.columns(loop.labels)), out))
     assert found[1] == found[0]
     assert found[2] == found[0]
     assert len(found[0][1]) == 200
@@ -249,13 +289,13 @@ def test_a_file_is_the_same_read_in_small_pieces_and_at_once(tmp_path, monkeypat
 
 def test_two_rows_whose_faults_make_up_for_each_other_are_refused(tmp_path):
     (tmp_path / "a.star").write_text(HEAD + "1@a.mrcs 300\n2@a.mrcs\n3@a.mrcs 300 300\n\n")
-    star = read_star(tmp_path / "a.star")
+    loop = particle_loop(read_star(tmp_path / "a.star"))
     with pytest.raises(StarError, match=r"line 7: 1 values, but data_particles has 2 labels"):
-        list(columns(star, particle_loop(star), ["rlnVoltage"]))
+        list(loop.columns(["rlnVoltage"]))
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "1.0", "", "²", "9999999999"])
 def test_a_wrong_image_number_among_many_is_named_with_its_line(tmp_path, number):
     (tmp_path / "a.star").write_text(HEAD + "".join(ROWS[:50]) + f"{number}@a.mrcs 1\n")
-    with pytest.raises(StarError, match=r"line 56: the image name is"):
+    with pytest.raises(StarError, match=r"a\.star, row 51 \(line 56\): the image name is"):
         read_particles(tmp_path / "a.star")

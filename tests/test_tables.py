@@ -24,8 +24,8 @@ from relion_cryofilter import (
     score_images,
     train_model,
 )
-from relion_cryofilter.data.simulate import simulate_project
 from relion_cryofilter.errors import ImageError, StarError, UsageError
+from relion_cryofilter.simulate import simulate_project
 
 STAR, MODEL = "Extract/job001/particles.star", "model.safetensors"
 PLAIN = {"any_contrast": True, "j": 1}

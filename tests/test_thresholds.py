@@ -13,7 +13,8 @@ from making import as_given_and_as_filed, fractions, has_six_decimals, scored_se
 from sklearn.metrics import precision_recall_curve
 
 from relion_cryofilter.errors import CryoFilterError, UsageError
-from relion_cryofilter.results.thresholds import ThresholdRequest, choose_threshold
+from relion_cryofilter.kinds import ThresholdRequest
+from relion_cryofilter.thresholds import choose_threshold
 
 
 def ask(text, scores, labels=None):
@@ -77,7 +78,7 @@ def test_a_request_made_without_text_is_checked_too(kind, value):
 
 def test_reading_a_request_does_not_wait_for_numpy():
     code = (
-        "import sys; from relion_cryofilter.results.thresholds import ThresholdRequest;"
+        "import sys; from relion_cryofilter.kinds import ThresholdRequest;"
         "ThresholdRequest.parse('keep=60%'); assert 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -26,15 +26,15 @@ from making import (
     wait_until,
 )
 
-from relion_cryofilter.data.labelled import split_by_micrograph
-from relion_cryofilter.data.particles import read_particles
 from relion_cryofilter.errors import Aborted
-from relion_cryofilter.nn.calibration import fit_temperature
-from relion_cryofilter.nn.checkpoint import load_model
+from relion_cryofilter.images.preprocess import BlurResize, d4_views, turn
+from relion_cryofilter.images.small_images import load_small_images
+from relion_cryofilter.nn.model import load_model
 from relion_cryofilter.nn.networks import build_network
-from relion_cryofilter.nn.preprocess import BlurResize, d4_views, turn
-from relion_cryofilter.nn.small_images import load_small_images
-from relion_cryofilter.nn.training import Settings, Trainer
+from relion_cryofilter.nn.trainer import Settings, Trainer, TrainingData
+from relion_cryofilter.nn.training import fit_temperature
+from relion_cryofilter.particles.particles import read_particles
+from relion_cryofilter.particles.splits import split_by_micrograph
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion import job
 
@@ -43,7 +43,11 @@ def trainer_of(tmp_path, images, labels, split, **settings):
     torch.manual_seed(0)
     network = build_network("straight", f=8, dim=28)
     return Trainer(
-        network, images, labels, split, Settings(**settings), tmp_path / "checkpoint", {"a": 1}
+        network,
+        TrainingData(images, labels, split),
+        Settings(**settings),
+        tmp_path / "checkpoint",
+        {"a": 1},
     )
 
 
@@ -73,9 +77,7 @@ def test_the_best_epochs_weights_are_kept(tmp_path):
     trainer = trainer_of(tmp_path, loaded.images, labels, split, epochs=6)
     history = trainer.run(Progress(1, "steps"))
     trainer.network.eval()
-    with torch.no_grad():
-        logits = trainer.network(loaded.images.get(split.validation))
-    auc = trainer._validate(logits)[2]
+    auc = trainer._validate()[2]
     assert auc == pytest.approx(max(epoch.val_auc for epoch in history))
     assert auc > 0.8
 
@@ -213,6 +215,7 @@ def test_recall_is_asked_of_a_model_that_knows_before_images_are_read(select_pro
     assert "has no validation curve" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_training_job_leaves_model_history_and_figures(select_project, capsys):
     assert job.main(train_words("--epochs 3").split()) == 0
     for name in OUTPUTS:
@@ -267,7 +270,7 @@ def test_a_finished_training_is_not_done_again(select_project, capsys):
     assert job.main(train_words("--epochs 1").split()) == 0
     first = Path(TRAIN_JOB, "model.safetensors").read_bytes()
     assert job.main(train_words("--epochs 1").split()) == 0
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
     assert Path(TRAIN_JOB, "model.safetensors").read_bytes() == first
 
 
@@ -309,7 +312,7 @@ def test_sigkill_in_mid_epoch_then_continue_gives_the_same_weights(select_projec
         running.kill()
     assert not Path("External/job010/model.safetensors").exists(), "it was killed too late"
     done = subprocess.run([*shim, *words], check=True, capture_output=True)
-    assert b"Going on from" in done.stdout
+    assert b"Resuming from" in done.stdout
     resumed = load_model(Path("External/job010/model.safetensors"))
     assert resumed.hash == whole.hash
     for name, tensor in whole.network.state_dict().items():
@@ -374,6 +377,7 @@ def with_models(select_project):
     return select_project
 
 
+@pytest.mark.slow
 def test_metrics_measures_on_all_or_on_the_test_part(with_models, capsys):
     words = "metrics --o M/ --in_parts Select/job003/particles.star --weights model.safetensors"
     assert job.main(words.split()) == 0
@@ -409,6 +413,7 @@ def test_metrics_on_micrographs_that_the_model_has_seen_warns(select_project, ca
     assert "was trained or validated on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_models_are_averaged(with_models):
     base = "score --in_parts Extract/job001/particles.star --threshold 0.5 --o"
     for folder, weights in (("a", "model"), ("b", "other"), ("c", "model other")):
@@ -420,6 +425,7 @@ def test_several_models_are_averaged(with_models):
     assert np.allclose((scores[0] + scores[1]) / 2, scores[2], atol=1.1e-4)
 
 
+@pytest.mark.slow
 def test_another_pixel_size_is_warned_of(with_models, capsys):
     star = Path("Extract/job001/particles.star")
     words = f"score --o S/ --in_parts {star} --weights model.safetensors"

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
+from making import ROOT
 
-from relion_cryofilter.data import simulate
-from relion_cryofilter.data.simulate.variety import ARTEFACTS
+from relion_cryofilter import simulate
+
+sys.path.insert(0, str(ROOT / "benchmarks/pretraining"))
+
+from variety import ARTEFACTS, simulate_varied
 
 
 @pytest.fixture(scope="module")
 def varied() -> simulate.SimulatedImages:
-    return simulate.simulate_varied(3, range(60), picks=20, box_px=32)
+    return simulate_varied(3, range(60), picks=20, box_px=32)
 
 
 def test_a_micrograph_depends_on_its_number_alone(varied: simulate.SimulatedImages) -> None:
-    again = simulate.simulate_varied(3, [7], picks=20, box_px=32)
+    again = simulate_varied(3, [7], picks=20, box_px=32)
     rows = varied.micrographs == 7
     assert np.array_equal(again.images, varied.images[rows])
     assert np.array_equal(again.kinds, varied.kinds[rows])
-    other = simulate.simulate_varied(4, [7], picks=20, box_px=32)
+    other = simulate_varied(4, [7], picks=20, box_px=32)
     assert not np.array_equal(again.images, other.images)
 
 

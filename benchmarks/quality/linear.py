@@ -1,4 +1,4 @@
-"""Linear baselines: is a network needed at all?"""
+"""Linear baselines, which tell whether a network is needed at all."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
-from relion_cryofilter.nn.preprocess import BlurResize, FourierCrop
+from relion_cryofilter.images.preprocess import BlurResize, FourierCrop
 
 RADIAL, PRINCIPAL = "radial profile, logistic regression", "PCA, logistic regression"
 LINEAR = (RADIAL, PRINCIPAL)

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from relion_cryofilter.commands.train import train
 from relion_cryofilter.errors import CryoFilterError
-from relion_cryofilter.nn.checkpoint import load_model
+from relion_cryofilter.nn.model import load_model
 from relion_cryofilter.options import TrainOptions
 
 PERMUTED, MASKED, INVERTED = "permuted", "masked", "inverted"

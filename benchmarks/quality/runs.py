@@ -13,10 +13,9 @@ import torch
 from linear import LINEAR, fit_linear
 from sets import LabelledImages
 
-from relion_cryofilter.commands.models import BUNDLED_MODEL
 from relion_cryofilter.commands.train import train
-from relion_cryofilter.nn.checkpoint import Model, load_model
-from relion_cryofilter.nn.small_images import noise_images
+from relion_cryofilter.images.small_images import noise_images
+from relion_cryofilter.nn.model import BUNDLED_MODEL, Model, load_model
 from relion_cryofilter.options import TrainOptions
 
 TEST_SHARE = 0.3

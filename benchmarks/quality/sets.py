@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,11 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 
-from relion_cryofilter.data.simulate import Field, molecule_of_map, simulate_images
+from relion_cryofilter.simulate import Field, simulate_images
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretraining"))
+
+from variety import molecule_of_map
 
 REAL = ("apoferritin_10146", "trpv1_10059")
 SIMULATED = {

@@ -17,10 +17,8 @@ from runs import LABEL_NOISE as USUAL_NOISE
 from sets import LabelledImages
 
 import relion_cryofilter
-from relion_cryofilter.commands.models import BUNDLED_MODEL
-from relion_cryofilter.nn.checkpoint import load_model
-from relion_cryofilter.results.bootstrap import expanded_tail
-from relion_cryofilter.results.metrics import evaluate
+from relion_cryofilter.evaluation import evaluate, expanded_tail
+from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
 
 MODELS = (ROBERTS, STRAIGHT, *LINEAR, SCRATCH, FINE_TUNED)
 DRAWS = 1000

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from relion_cryofilter.commands import Output
-from relion_cryofilter.commands.subsets import refuse_to_overwrite
 from relion_cryofilter.errors import UsageError
-from relion_cryofilter.nn.keras import import_keras
+from relion_cryofilter.nn.model import import_keras
 from relion_cryofilter.options import ConvertOptions
+from relion_cryofilter.results.outputs import Output, refuse_to_overwrite
 
 log = logging.getLogger("relion_cryofilter")
 

@@ -13,24 +13,26 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from relion_cryofilter.commands import Output
-from relion_cryofilter.commands.score import score
-from relion_cryofilter.data.cryosparc import SCORE_FIELD, load_cs
-from relion_cryofilter.data.result_groups import TOOLS, optional
+from relion_cryofilter.commands.score import filter_particles
 from relion_cryofilter.errors import CryoFilterError, CryoSparcError, UsageError
 from relion_cryofilter.options import CryosparcOptions, ScoreOptions
-from relion_cryofilter.results.figures import save_score_histogram
+from relion_cryofilter.particles.cryosparc import TOOLS, CsFile, CsTable, optional, particles_of_cs
+from relion_cryofilter.results.charts import SCORE_HISTOGRAM
+from relion_cryofilter.results.outputs import Output, results_folder
+from relion_cryofilter.results.summaries import histogram_of
+from relion_cryofilter.thresholds import Chosen
 
 TOOLS_MAJOR = 5
 INPUT, SLOT = "particles", "blob"
 OUTPUTS = ("particles_accepted", "particles_rejected")
-SCORED, HISTOGRAM = "particles_scored.cs", "scores.png"
+SCORED, HISTOGRAM = "particles_scored.cs", "scores"
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -45,7 +47,12 @@ def cryosparc(
     CryoFilterError
         The server refuses, or the particles can't be scored; the External job is marked as failed.
     """
-    source = _source(options)
+    source = re.fullmatch(r"(J\d+)[:.]([A-Za-z]\w*)", options.particles or "")
+    if not source:
+        raise UsageError(
+            f"--particles is {options.particles or 'missing'}; expected a job and its output, "
+            "such as J42:particles or J43:particles_selected."
+        )
     if not options.project or not options.workspace:
         raise UsageError("Say where the External job goes: --project P3 --workspace W1.")
     client = connect(options)
@@ -60,8 +67,10 @@ def cryosparc(
     with _asking(f"create an External job in {options.workspace}"):
         job = project.create_external_job(options.workspace, title=options.title)
     log.info("External job %s of %s: %s", job.uid, options.project, options.title)
-    with _failing(job), _results_folder(options) as results:
-        _connect_and_start(job, *source)
+    kept = nullcontext(options.o) if options.o else tempfile.TemporaryDirectory()
+    with _failing(job), kept as name:
+        results = results_folder(Path(str(name)))
+        _connect_and_start(job, source[1], source[2])
         with _copying_log(job):
             _filter(job, folder, results, options, abort_requested)
         with _asking("mark the External job as completed"):
@@ -124,17 +133,6 @@ def _why_not_connected(where: str, error: RuntimeError) -> str:
     return f"{where} can't be reached ({_first_line(cause)}). Check --host and --port."
 
 
-def _source(options: CryosparcOptions) -> tuple[str, str]:
-    """Return the job and the output that ``--particles J42:particles`` names."""
-    found = re.fullmatch(r"(J\d+)[:.]([A-Za-z]\w*)", options.particles or "")
-    if not found:
-        raise UsageError(
-            f"--particles is {options.particles or 'missing'}; expected a job and its output, "
-            "such as J42:particles or J43:particles_selected."
-        )
-    return found[1], found[2]
-
-
 def _connect_and_start(job: Any, source_job: str, source_output: str) -> None:
     """Connect the input, declare the outputs, which inherit all else from it, and start."""
     with _asking(f"connect {source_job}:{source_output}"):
@@ -159,18 +157,16 @@ def _filter(
     particles.save(source)
     names = ("weights", "threshold", "skip_bad", "any_contrast", "gpu", "j", "quiet", "verbose")
     same = {name: getattr(options, name) for name in names}
-    score(ScoreOptions(in_parts=source, o=results, project_dir=project, **same), abort_requested)
-    scored = load_cs(results / "particles.cs").dataset
-    accepted = _rows_of(results / "particles_accepted.cs", np.asarray(scored["uid"]))
-    _save_outputs(job, scored, accepted)
-    _show(job, results, np.asarray(scored[SCORE_FIELD]), accepted)
-
-
-def _rows_of(path: Path, uids: np.ndarray) -> np.ndarray:
-    """Return the mask (n,) of the uids in a .cs file; a file that is not there has none."""
-    if not path.exists():
-        return np.zeros(len(uids), bool)
-    return np.isin(uids, np.asarray(load_cs(path).dataset["uid"]))
+    table = CsTable(source, CsFile(source, particles, np.dtype([])))
+    filtered = filter_particles(
+        ScoreOptions(in_parts=source, o=results, project_dir=project, **same),
+        particles_of_cs(table, project),
+        abort_requested,
+    )
+    assert filtered is not None  # one process
+    chosen = filtered.chosen
+    _save_outputs(job, table.main.with_score(chosen.values).dataset, chosen.accepted)
+    _show(job, results, chosen)
 
 
 def _save_outputs(job: Any, scored: Any, accepted: np.ndarray) -> None:
@@ -187,26 +183,17 @@ def _save_outputs(job: Any, scored: Any, accepted: np.ndarray) -> None:
         job.upload_dataset(SCORED, scored)
 
 
-def _show(job: Any, results: Path, scores: np.ndarray, accepted: np.ndarray) -> None:
+def _show(job: Any, results: Path, chosen: Chosen) -> None:
     """Put all pictures of the results into the job's log; the histogram of scores on its tile."""
-    path = results / HISTOGRAM
-    lowest = float(scores[accepted].min()) if accepted.any() else 1.0
-    save_score_histogram(path, None, scores, lowest)
+    kept = int(chosen.accepted.sum())
+    histogram = histogram_of(chosen.values, chosen.threshold, kept)
+    replace(SCORE_HISTOGRAM, name=HISTOGRAM).of(histogram).save(results)
+    path = results / f"{HISTOGRAM}.png"
     with _asking("take the plot"):
         for picture in sorted(results.glob("*.png")):
             name = picture.stem.replace("_", " ").capitalize()
             job.log_plot(BytesIO(picture.read_bytes()), name, formats=["png"])
         job.set_tile_image(BytesIO(path.read_bytes()), name="scores")
-
-
-@contextmanager
-def _results_folder(options: CryosparcOptions) -> Iterator[Path]:
-    """Yield the folder ``--o``, or one that is removed again."""
-    if options.o is not None:
-        options.o.mkdir(parents=True, exist_ok=True)
-    kept = nullcontext(options.o) if options.o else tempfile.TemporaryDirectory()
-    with kept as name:
-        yield Path(str(name))
 
 
 @contextmanager

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from relion_cryofilter.commands import Output
-from relion_cryofilter.data.particles import ParticleSet, read_particles
-from relion_cryofilter.data.simulate import PARTICLE, simulate_project
-from relion_cryofilter.data.star_writing import write_subsets
 from relion_cryofilter.errors import CryoFilterError, UsageError
+from relion_cryofilter.files import ACCEPTED, LOGFILE, METRICS, MODEL
 from relion_cryofilter.options import DemoOptions
-from relion_cryofilter.result_files import ACCEPTED, LOGFILE, METRICS, MODEL
-from relion_cryofilter.wording import counted
+from relion_cryofilter.particles.particles import ParticleSet, read_particles
+from relion_cryofilter.progress import counted
+from relion_cryofilter.results.outputs import Output
+from relion_cryofilter.simulate import PARTICLE, simulate_project
 
 SCORE, TRAIN, SCORE_AGAIN = "External/job002/", "External/job003/", "External/job004/"
 PARTICLES = "Extract/job001/particles.star"
@@ -114,8 +113,8 @@ def _write_labels(
     good = kinds == PARTICLE
     (project / GOOD).parent.mkdir(exist_ok=True)
     masks = {project / GOOD: labelled & good, project / BAD: labelled & ~good}
-    if particles.star is not None and particles.loop is not None:
-        write_subsets(particles.star, particles.loop, masks)
+    assert particles.table is not None
+    particles.table.write(masks)
 
 
 def _compare(

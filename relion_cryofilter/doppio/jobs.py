@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar, TypeAlias
 
 from pipeliner.data_structure import (
     NODE_EVALUATIONMETRIC,
@@ -17,20 +19,29 @@ from pipeliner.pipeliner_job import PipelinerCommand, PipelinerJob
 from pipeliner.results_display_objects import ResultsDisplayObject
 
 from relion_cryofilter.doppio import display, job_options
+from relion_cryofilter.files import ACCEPTED, ALL, METRICS, MODEL, REJECTED
 from relion_cryofilter.options import JobOptions, MetricsOptions, ScoreOptions, TrainOptions
-from relion_cryofilter.result_files import ACCEPTED, ALL, METRICS, MODEL, REJECTED
 
 PROGRAM = "relion_cryofilter"
+Node: TypeAlias = tuple[str, ...]
+"""The pipeliner's type of a file, and further keywords."""
+Display: TypeAlias = Callable[[str], list[ResultsDisplayObject]]
 
 
 class CryoFilterJob(PipelinerJob):
-    """What the jobs share: options of a mode, its command, and reports if it writes any."""
+    """What the jobs share: options of a mode, its command, its files and how they are shown."""
 
     OUT_DIR = "CryoFilter"
     CATEGORY_LABEL = "Subset Selection"
     MODE: str
     OPTIONS: type[JobOptions]
     TITLE: str
+    PLANNED: ClassVar[Mapping[str, Node]] = {}
+    """The files that the next job may be scheduled on."""
+    FOUND: ClassVar[Mapping[str, Node]] = {}
+    """Patterns of further files, which are not always written; reports are found, too."""
+    SHOWN: ClassVar[Sequence[Display]] = ()
+    """What the results tab shows before the reports."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +54,11 @@ class CryoFilterJob(PipelinerJob):
         )
         self.jobinfo.version = "0.1"
         self.jobinfo.job_author = "The relion_cryofilter developers"
-        self.jobinfo.programs = [program()]
+        # This installation's program: the one beside this Python, or the one on the PATH.
+        beside = Path(sys.executable).with_name(PROGRAM)
+        command = str(beside) if beside.is_file() else PROGRAM
+        version = [command, "--version"]
+        self.jobinfo.programs = [ExternalProgram(command=command, name=PROGRAM, vers_com=version)]
         self.can_continue = True
         self.joboptions.update(job_options.job_options(self.OPTIONS))
         self.get_runtab_options(threads=True, addtl_args=True)
@@ -60,26 +75,21 @@ class CryoFilterJob(PipelinerJob):
         """Refuse what the command line would refuse, before the job starts."""
         return job_options.problems(self.OPTIONS, self.joboptions)
 
+    def create_output_nodes(self) -> None:
+        """Name the files that the next job may be scheduled on."""
+        for name, (kind, *keywords) in self.PLANNED.items():
+            self.add_output_node(name, kind, [*keywords, job_options.MODEL_KEYWORD])
+
     def create_post_run_output_nodes(self) -> None:
-        """Add the reports that the job wrote."""
-        for name in display.REPORTS:
-            if self._path(name).is_file():
-                self.add_output_node(name, NODE_LOGFILE, [job_options.MODEL_KEYWORD])
+        """Add what the job wrote besides: further results, and reports."""
+        reports: dict[str, Node] = dict.fromkeys(display.REPORTS, (NODE_LOGFILE,))
+        for pattern, (kind, *keywords) in {**self.FOUND, **reports}.items():
+            for path in sorted(Path(self.output_dir).glob(pattern)):
+                self.add_output_node(path.name, kind, [*keywords, job_options.MODEL_KEYWORD])
 
     def create_results_display(self) -> list[ResultsDisplayObject]:
         """Return the mode's figures and tables, then the reports."""
-        shown: list[ResultsDisplayObject] = display.reports(self.output_dir)
-        return [*self.results(), *shown]
-
-    def results(self) -> list[ResultsDisplayObject]:
-        """Return the mode's own figures and tables; none if it makes none."""
-        return []
-
-    def _path(self, name: str) -> Path:
-        return Path(self.output_dir) / name
-
-    def _add_node(self, name: str, kind: str, *keywords: str) -> None:
-        self.add_output_node(name, kind, [*keywords, job_options.MODEL_KEYWORD])
+        return [item for of in (*self.SHOWN, display.reports) for item in of(self.output_dir)]
 
 
 class ScoreParticles(CryoFilterJob):
@@ -87,44 +97,29 @@ class ScoreParticles(CryoFilterJob):
 
     PROCESS_NAME = "cryofilter.score.particles"
     MODE, OPTIONS, TITLE = "score", ScoreOptions, "Score and filter particles"
+    PLANNED: ClassVar[Mapping[str, Node]] = {
+        name: (NODE_PARTICLEGROUPMETADATA, "relion", display.SUBSETS[name])
+        for name in (ACCEPTED, ALL)
+    }
+    FOUND: ClassVar[Mapping[str, Node]] = {
+        REJECTED: (NODE_PARTICLEGROUPMETADATA, "relion", display.SUBSETS[REJECTED])
+    }
+    SHOWN: ClassVar[Sequence[Display]] = (display.of_scores,)
 
     def __init__(self) -> None:
         super().__init__()
         self.joboptions["in_parts"].is_required = True
 
-    def create_output_nodes(self) -> None:
-        """Name the files that the next job may be scheduled on."""
-        for name in (ACCEPTED, ALL):
-            self._add_particles(name)
-
-    def create_post_run_output_nodes(self) -> None:
-        """Add the rejected particles, if there are any, and the reports."""
-        if self._path(REJECTED).is_file():
-            self._add_particles(REJECTED)
-        super().create_post_run_output_nodes()
-
-    def _add_particles(self, name: str) -> None:
-        self._add_node(name, NODE_PARTICLEGROUPMETADATA, "relion", display.SUBSETS[name])
-
-    def results(self) -> list[ResultsDisplayObject]:
-        """Return the histogram of the scores, the counts, and images of both subsets."""
-        return display.of_scores(self.output_dir)
-
 
 class _LabelledJob(CryoFilterJob):
     """Particles with labels: from a Select job, classes, or files of good and bad ones."""
 
+    PLANNED: ClassVar[Mapping[str, Node]] = {METRICS: (NODE_EVALUATIONMETRIC,)}
+    SHOWN: ClassVar[Sequence[Display]] = (display.of_metrics,)
+
     def __init__(self) -> None:
         super().__init__()
         self.joboptions["in_parts"].required_if = JobOptionCondition([("pos", "=", [])])
-
-    def create_output_nodes(self) -> None:
-        """Name the table of figures."""
-        self._add_node(METRICS, NODE_EVALUATIONMETRIC)
-
-    def results(self) -> list[ResultsDisplayObject]:
-        """Return the table of figures with intervals, and the curves."""
-        return display.of_metrics(self.output_dir)
 
 
 class TrainParticles(_LabelledJob):
@@ -132,26 +127,14 @@ class TrainParticles(_LabelledJob):
 
     PROCESS_NAME = "cryofilter.train.particles"
     MODE, OPTIONS, TITLE = "train", TrainOptions, "Train a particle filter"
-
-    def create_output_nodes(self) -> None:
-        """Name the model and the table of figures."""
-        self._add_node(MODEL, NODE_MLMODEL)
-        super().create_output_nodes()
-
-    def create_post_run_output_nodes(self) -> None:
-        """Add the further models of an ensemble, and the reports."""
-        for path in sorted(Path(self.output_dir).glob("model_*.safetensors")):
-            self._add_node(path.name, NODE_MLMODEL)
-        super().create_post_run_output_nodes()
+    PLANNED: ClassVar[Mapping[str, Node]] = {MODEL: (NODE_MLMODEL,), **_LabelledJob.PLANNED}
+    FOUND: ClassVar[Mapping[str, Node]] = {"model_*.safetensors": (NODE_MLMODEL,)}  # of an ensemble
+    SHOWN: ClassVar[Sequence[Display]] = (display.of_history, display.of_metrics)
 
     def prepare_clean_up_lists(self, do_harsh: bool = False) -> tuple[list[str], list[str]]:
         """Return the checkpoints, which are only for going on with a stopped training."""
         found = Path(self.output_dir).glob("checkpoint_last*.pt")
         return sorted(map(str, found)), []
-
-    def results(self) -> list[ResultsDisplayObject]:
-        """Return the history of the training and the figures of the test part."""
-        return [*display.of_history(self.output_dir), *super().results()]
 
 
 class MeasureParticles(_LabelledJob):
@@ -159,10 +142,3 @@ class MeasureParticles(_LabelledJob):
 
     PROCESS_NAME = "cryofilter.metrics.particles"
     MODE, OPTIONS, TITLE = "metrics", MetricsOptions, "Measure a particle filter"
-
-
-def program() -> ExternalProgram:
-    """Return this installation's program: the one beside this Python, or the one on the PATH."""
-    beside = Path(sys.executable).with_name(PROGRAM)
-    command = str(beside) if beside.is_file() else PROGRAM
-    return ExternalProgram(command=command, name=PROGRAM, vers_com=[command, "--version"])

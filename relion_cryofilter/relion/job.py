@@ -20,8 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from relion_cryofilter.data.project import find_project
 from relion_cryofilter.errors import Aborted, CryoFilterError, UsageError
+from relion_cryofilter.files import find_project
 from relion_cryofilter.options import JOB_MODES, MODES
 from relion_cryofilter.processes import process_number
 
@@ -30,9 +30,8 @@ FAILURE = "RELION_JOB_EXIT_FAILURE"
 ABORTED = "RELION_JOB_EXIT_ABORTED"
 ABORT_NOW = "RELION_JOB_ABORT_NOW"
 PIPELINE_CHANGED = ".pipeline_has_changed"
-
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)
-_MEDDLERS = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")
+_SEARCH_PATHS = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")
 
 
 class Terminated(BaseException):
@@ -146,9 +145,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _do(words: list[str], abort_requested: Callable[[], bool]) -> tuple[Any, ...]:
+    """Parse the words and run the recipe; return what RELION should know."""
     from relion_cryofilter import cli
 
-    return cli.run(words, abort_requested)
+    request = cli.read(words)
+    if request is None:  # --help, --version
+        return ()
+    if request.mode == "job":
+        from relion_cryofilter.relion.templates import write_job_files
+
+        write_job_files(request.given)
+        return ()
+    from relion_cryofilter import commands
+
+    return commands.run(request.mode, request.options, abort_requested)
 
 
 def _work(words: list[str], folder: JobFolder) -> None:
@@ -176,8 +186,8 @@ def _report(error: BaseException, folder: JobFolder | None, verbose: bool) -> in
     elif isinstance(error, Terminated | KeyboardInterrupt):
         code = 143
         _say(f"Ended by {str(error) or 'the keyboard'} before the job was done. Start it again.")
-    elif _is_of_environment(error):
-        _say(_environment_advice(error))
+    elif advice := _environment_advice(error):
+        _say(advice)
     elif isinstance(error, CryoFilterError):
         code = 2 if isinstance(error, UsageError) else 1
         _say(str(error))
@@ -195,22 +205,22 @@ def _report(error: BaseException, folder: JobFolder | None, verbose: bool) -> in
     return code
 
 
-def _is_of_environment(error: BaseException) -> bool:
-    """Tell whether packages are missing or broken, or another program's come first."""
-    if isinstance(error, ImportError):
-        return (error.name or "").partition(".")[0] != "relion_cryofilter"
-    return isinstance(error, OSError) and ".so" in str(error)
-
-
 def _environment_advice(error: BaseException) -> str:
+    """Return what to do about packages that are missing or broken, or hidden by others; or ""."""
+    own = getattr(error, "name", None) or ""
+    if isinstance(error, ImportError):
+        if own.partition(".")[0] == "relion_cryofilter":
+            return ""
+    elif not (isinstance(error, OSError) and ".so" in str(error)):
+        return ""
     if isinstance(error, ModuleNotFoundError):
         return (
             f"This Python ({sys.executable}) has no {error.name}. Install relion_cryofilter with "
             "its requirements (pip install relion_cryofilter), or name the interpreter of the "
             "environment that has them: /path/to/env/bin/python external_job.py"
         )
-    meddling = [f"{name}={os.environ[name]}" for name in _MEDDLERS if os.environ.get(name)]
-    cause = f" {' and '.join(meddling)} may bring in another program's files." if meddling else ""
+    foreign = [f"{name}={os.environ[name]}" for name in _SEARCH_PATHS if os.environ.get(name)]
+    cause = f" {' and '.join(foreign)} may bring in another program's files." if foreign else ""
     return (
         f"A package of this Python ({sys.executable}) can't be loaded: {error}.{cause} Start the "
         "job with /path/to/env/bin/python -E external_job.py (-E ignores PYTHONPATH), or install "

@@ -9,15 +9,13 @@ from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
-from relion_cryofilter.data.project import find_project
 from relion_cryofilter.errors import UsageError
-from relion_cryofilter.files import write_text
+from relion_cryofilter.files import find_project, write_text
 from relion_cryofilter.options import MODES, available_cores
 
 JOB_FILE = "job.star"
 GUI_FILE = ".gui_externaljob.star"
 N_PARAMETERS = 10
-
 _INPUTS = {"in_parts": "in_part"}
 _OTHER_INPUTS = ("in_mov", "in_mic", "in_coords", "in_3dref", "in_mask")
 _NOT_PARAMETERS = ("mode", "o", "j", *_INPUTS)
@@ -45,17 +43,18 @@ log = logging.getLogger("relion_cryofilter")
 def write_job_files(given: Mapping[str, list[str]]) -> None:
     """Write job.star and .gui_externaljob.star into the working directory, or one file to --o.
 
-    Parameters
-    ----------
-    given
-        The words of each option of the job, ``mode`` included.
+    `given` holds the words of each option of the job, ``mode`` included.
     """
     text = job_star(given)
     named = " ".join(given.get("o", []))
     paths = [Path(named)] if named else [Path(JOB_FILE), Path(GUI_FILE)]
     if named.endswith("/") or paths[0].is_dir():
         paths = [paths[0] / JOB_FILE]
-    _warn_of_surroundings(" ".join(given.get("in_parts", [])))
+    if find_project(Path()) != Path.cwd():
+        log.warning("No default_pipeline.star here; run this in the RELION project's folder.")
+    source = " ".join(given.get("in_parts", []))
+    if source and not Path(source).is_file():
+        log.warning("--in_parts %s does not exist here (yet).", source)
     for path in paths:
         verb = "Replaced" if path.exists() else "Wrote"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,13 +64,6 @@ def write_job_files(given: Mapping[str, list[str]]) -> None:
         log.info("Start RELION here: its External tab is filled in (%s).", GUI_FILE)
         log.info("If its window is open: External, then Jobs > Load job settings.")
     log.info("Without a window: relion_pipeliner --addJobFromStar %s", paths[0])
-
-
-def _warn_of_surroundings(source: str) -> None:
-    if find_project(Path()) != Path.cwd():
-        log.warning("No default_pipeline.star here; run this in the RELION project's folder.")
-    if source and not Path(source).is_file():
-        log.warning("--in_parts %s does not exist here (yet).", source)
 
 
 def job_star(given: Mapping[str, list[str]]) -> str:

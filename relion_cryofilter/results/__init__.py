@@ -1,1 +1,1 @@
-"""What people look at: thresholds by request, metrics with intervals, figures."""
+"""What people look at: files of results, charts, reports."""

@@ -1,1 +1,0 @@
-"""What particles are like: STAR text, particle sets, image stacks, simulation."""

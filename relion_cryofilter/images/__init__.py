@@ -1,0 +1,1 @@
+"""From boxes as they are stored to network input."""

@@ -1,0 +1,130 @@
+"""Images that can't be scored: found, counted, named, and either refused or set aside."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from relion_cryofilter.errors import ImageError
+from relion_cryofilter.files import write_text
+from relion_cryofilter.particles.particles import ParticleSet
+from relion_cryofilter.particles.stacks import StackHeader, read_header
+
+MISSING = "in stacks that can't be read"
+PAST_END = "past the end of their stack"
+TRUNCATED = "beyond where their stack is truncated"
+NOT_FINITE = "with NaN or infinite values"
+CONSTANT = "blank (all pixels equal)"
+FLAT = "no contrast left after down-sampling"
+
+_NAMED = 5
+
+
+class BadImages:
+    """The rows of a particle set whose images can't be used, each with its reason."""
+
+    def __init__(self, particles: ParticleSet) -> None:
+        self._particles = particles
+        self._reasons: dict[int, tuple[str, str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(n_bad,) the bad rows, ascending."""
+        return np.array(sorted(self._reasons), np.int64)
+
+    def add(self, rows: Iterable[int], reason: str, detail: str = "") -> None:
+        """Note that `rows` can't be used; `detail` goes into messages after the first places."""
+        self._reasons.update((int(row), (reason, detail)) for row in rows)
+
+    def to_dict(self) -> dict[int, tuple[str, str]]:
+        """Return reason and detail by row, for `update` in another process."""
+        return dict(self._reasons)
+
+    def update(self, found: dict[int, tuple[str, str]]) -> None:
+        """Note what `to_dict` gave in another process."""
+        self._reasons.update(found)
+
+    def summary(self) -> str:
+        """Return counts by reason and the first few places, as one text."""
+        counts = Counter(reason for reason, _ in self._reasons.values())
+        kinds = "; ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
+        lines = [f"{len(self):,} of {len(self._particles):,} images can't be used: {kinds}."]
+        for row in self.rows[:_NAMED].tolist():
+            reason, detail = self._reasons[row]
+            image, place = self._particles.image_name(row), self._particles.place(row)
+            where = image if place == image else f"{place}: {image}"
+            lines.append(f"  {where}: {detail or reason}")
+        if len(self) > _NAMED:
+            lines.append(f"  … and {len(self) - _NAMED:,} more")
+        return "\n".join(lines)
+
+    def refuse(
+        self, otherwise: str = "--skip_bad scores such images 0 and lists them in bad_images.csv"
+    ) -> None:
+        """Raise an ImageError that names the images, if there are any."""
+        if self._reasons:
+            raise ImageError(
+                f"{self.summary()}\nCheck that the stacks belong to this input, or extract them "
+                f"again; {otherwise}."
+            )
+
+    def refuse_if_all(self) -> None:
+        """Raise an ImageError if no image is left, which is no result to go on with."""
+        if len(self) == len(self._particles):
+            raise ImageError(
+                f"{self.summary()}\nNo image is left. Check the working directory and the stacks."
+            )
+
+    def write_csv(self, path: Path) -> None:
+        """Write `path`: row (0-based), image, reason."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["row", "image", "reason"])
+        for row in self.rows.tolist():
+            reason, detail = self._reasons[row]
+            writer.writerow([row, self._particles.image_name(row), detail or reason])
+        write_text(path, text.getvalue())
+
+
+def check_stacks(particles: ParticleSet) -> tuple[list[StackHeader | None], BadImages]:
+    """Return each stack's header, and the rows whose image isn't there.
+
+    A header is None if it can't be read, or if no row is in its stack.
+    """
+    headers: list[StackHeader | None] = []
+    problems: list[str] = []
+    needed = np.bincount(particles.stack_of, minlength=len(particles.stacks)) > 0
+    inverted = particles.inverted or (False,) * len(particles.stacks)
+    for path, wanted, dark in zip(particles.stacks, needed.tolist(), inverted):
+        try:
+            headers.append(replace(read_header(path), inverted=dark) if wanted else None)
+            problems.append("")
+        except ImageError as error:
+            headers.append(None)
+            problems.append(str(error).partition(". ")[0])
+
+    bad = BadImages(particles)
+    held = np.array([header.n_complete if header else 0 for header in headers], np.int64)
+    for row in np.flatnonzero(particles.index >= held[particles.stack_of]).tolist():
+        stack, place = particles.stack_of[row], particles.index[row]
+        header = headers[stack]
+        if header is None:
+            bad.add([row], MISSING, problems[stack])
+            continue
+        name, said = header.path.name, header.n_images
+        if place >= said:
+            detail = f"{name} holds {said} images but image {place + 1} is asked for"
+            bad.add([row], PAST_END, detail)
+        else:
+            holds = f"its header says {said} images, the file holds {header.n_complete}"
+            bad.add([row], TRUNCATED, f"{name} is truncated: {holds}")
+    return headers, bad

@@ -1,0 +1,251 @@
+"""Self-tests of a training: whether its figures could be too good to be true."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from relion_cryofilter.images.small_images import Loaded, noise_images
+from relion_cryofilter.nn.model import Models
+from relion_cryofilter.particles.labels import LabelledSet
+from relion_cryofilter.particles.splits import Split
+from relion_cryofilter.progress import counted
+
+LEAK_AUC = 0.85
+"""A single number that separates the classes so well for certain is a leak, not biology."""
+ROUNDING = 1e-3
+"""Of the images' sigma: RELION normalises to float32 rounding, which must not count."""
+SAME_SPREAD = 0.1
+"""If a statistic varies so much less in one class, that class alone was normalised by it."""
+ORIGIN_SHARE, NOISE_SHARE, FEWEST = 0.95, 0.01, 20
+N_NOISE, THUMBNAIL_PX, PROBE_ROWS, MOST_PROBED = 1000, 12, 4000, 8000
+
+log = logging.getLogger("relion_cryofilter")
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """One question and its answer; one that did not pass is a warning of the figures."""
+
+    name: str
+    passed: bool
+    finding: str  # with numbers and, of a warning, with what it means and what to do
+
+    @classmethod
+    def of(cls, name: str, passed: bool, finding: str, meaning: str) -> SelfTest:
+        """Return an answer that says what it means if it is a warning."""
+        return cls(name, passed, finding if passed else f"{finding}; {meaning}")
+
+    def __str__(self) -> str:
+        return f"{'pass' if self.passed else 'WARNING'}: {self.name}: {self.finding}"
+
+
+def leak_tests(
+    statistics: Mapping[str, np.ndarray], labels: np.ndarray, origin: np.ndarray
+) -> list[SelfTest]:
+    """Ask whether something that has nothing to do with particles gives the labels away.
+
+    Of `statistics` (n,) of raw images, box size and pixel size, and of the file `origin` (n,).
+
+    Particles themselves raise the mean and the sigma of an image whose background is normalised,
+    and lower those of the background where whole images are normalised. So a difference of images
+    counts only with one of their backgrounds, and one of backgrounds alone only unless the images
+    are all the same, which is what normalising leaves.
+    """
+    grain = ROUNDING * float(np.median(statistics["image sigma"]))
+    rounded = {name: np.round(values / grain) for name, values in statistics.items()}
+    looked_at = []
+    for what in ("mean", "sigma"):
+        names = (f"image {what}", f"background {what}")
+        image, background = (rounded[name] for name in names)
+        sides = [_separation(values, labels) for values in (image, background)]
+        together = sides[0] * sides[1] > 0
+        low, high = np.percentile(image, (2, 98))
+        found = (together, together or (sides[1] != 0 and high - low > 2))
+        for name, values, leaks in zip(names, (image, background), found):
+            # A leak, too, is a statistic that varies in one class and hardly in the other.
+            ends = [np.percentile(values[kind], (10, 90)) for kind in (labels, ~labels)]
+            less, more = sorted(float(high - low) for low, high in ends)
+            one_sided = more > 5 and less < SAME_SPREAD * more
+            looked_at.append((name, values, leaks or one_sided))
+    for name in ("box size", "pixel size"):
+        values = np.nan_to_num(statistics[name])
+        looked_at.append((name, values, _separation(values, labels) != 0))
+    tests = []
+    meaning = (
+        "good and bad images were probably normalised or extracted differently, and the model's "
+        "figures mean nothing then. Extract both in one job."
+    )
+    for name, values, leaks in looked_at:
+        auc = float(roc_auc_score(labels, values))
+        finding = f"alone it separates the classes with AUC {max(auc, 1 - auc):.3f}"
+        if not leaks and max(auc, 1 - auc) >= LEAK_AUC:
+            finding += "; no leak, as the background is alike: the particles themselves do it"
+        tests.append(SelfTest.of(name, not leaks, finding, meaning))
+
+    # The files that the images are from.
+    files, file_of = np.unique(origin, return_inverse=True)
+    share = np.bincount(file_of, labels) / np.bincount(file_of)
+    pure = float(np.isin(share[file_of], (0.0, 1.0)).mean())
+    where = f"in one of {len(files)} files with one kind only"
+    finding = f"{100 * pure:.0f} % of the images are {where}"
+    meaning = (
+        "any difference in how these files were made looks like a difference of particles. Labels "
+        "from one extraction are safer."
+    )
+    return [*tests, SelfTest.of("file of origin", pure < ORIGIN_SHARE, finding, meaning)]
+
+
+def _separation(values: np.ndarray, labels: np.ndarray) -> int:
+    """Return 1 or -1 if the good have surely higher or lower values, else 0.
+
+    Surely: the AUC less two standard errors (Hanley & McNeil, Radiology 143, 29, 1982).
+    """
+    auc = float(roc_auc_score(labels, values))
+    strength = max(auc, 1 - auc)
+    n_good, n_bad = int(labels.sum()), int((~labels).sum())
+    q1, q2 = strength / (2 - strength), 2 * strength**2 / (1 + strength)
+    variance = (
+        strength * (1 - strength)
+        + (n_good - 1) * (q1 - strength**2)
+        + (n_bad - 1) * (q2 - strength**2)
+    ) / (n_good * n_bad)
+    if strength - 2 * np.sqrt(max(variance, 0.0)) < LEAK_AUC:
+        return 0
+    return 1 if auc > 0.5 else -1
+
+
+def copies_test(identity: np.ndarray, train: np.ndarray, others: np.ndarray) -> SelfTest:
+    """Ask whether images of the training part are in the other parts under other names.
+
+    `identity` (n,) is the same for images that are equal; the others are rows.
+    """
+    copies = int(np.isin(identity[others], identity[train]).sum())
+    finding = f"{copies:,} images outside the training part are copies of images in it"
+    return SelfTest.of("copies", not copies, finding, "figures are too good. Remove the copies.")
+
+
+def permutation_test(
+    small: np.ndarray,
+    labels: np.ndarray,
+    identity: np.ndarray,
+    train: np.ndarray,
+    test: np.ndarray,
+    seed: int,
+) -> SelfTest:
+    """Ask whether labels that mean nothing can be predicted; if so, the split leaks.
+
+    A linear probe is trained on flattened images (n, k) with permuted labels (n,), equal ones (by
+    `identity`) with equal labels. It can do better than chance on the rows of the other part only
+    if that part holds the same images.
+    """
+    name, rng = "permuted labels", np.random.default_rng(seed)
+    train, test = (rng.permutation(part)[:PROBE_ROWS] for part in (train, test))
+    _, first, image_of = np.unique(identity, return_index=True, return_inverse=True)
+    shuffled = rng.permutation(labels[first])[image_of.reshape(-1)]
+    if len(set(shuffled[train])) < 2 or len(set(shuffled[test])) < 2:
+        return SelfTest(name, True, "too few particles to tell")
+    probe = make_pipeline(StandardScaler(), LogisticRegression(C=1e-3, max_iter=50))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)  # scikit-learn 1.3 with a newer SciPy
+        probe.fit(small[train], shuffled[train])
+    auc = float(roc_auc_score(shuffled[test], probe.decision_function(small[test])))
+    # Standard error of the AUC of unrelated scores: Hanley & McNeil, Radiology 143, 29 (1982).
+    n_good = int(shuffled[test].sum())
+    n_bad = len(test) - n_good
+    error = float(np.sqrt((n_good + n_bad + 1) / (12 * n_good * n_bad)))
+    chance = f"(chance 0.5 ± {2 * error:.3f})"
+    finding = f"a probe trained on them has AUC {auc:.3f} on the test part {chance}"
+    passed = auc < 0.5 + max(0.05, 4 * error)
+    return SelfTest.of(name, passed, finding, "the same images are on both sides of the split")
+
+
+def noise_test(noise_scores: np.ndarray, threshold: float) -> SelfTest:
+    """Ask how many images of pure noise would be accepted."""
+    share = float((noise_scores >= threshold).mean())
+    finding = f"{100 * share:.1f} % of {len(noise_scores)} images of white noise would be accepted"
+    meaning = "the model has not learnt what an empty image is. Add empty ones as bad."
+    return SelfTest.of("pure noise", share <= NOISE_SHARE, finding, meaning)
+
+
+def split_test(parts: Mapping[str, np.ndarray], clusters: np.ndarray, unit: str) -> SelfTest:
+    """Ask whether one of the `clusters` (n,), each a `unit`, is in two parts (rows by name)."""
+    sides = [set(clusters[rows].tolist()) for rows in parts.values()]
+    shared = len(set.union(*(a & b for i, a in enumerate(sides) for b in sides[:i])))
+    finding = f"{counted(shared, unit)} on two sides of the split"
+    meaning = "neighbours are alike, so figures are too good"
+    return SelfTest.of("split", not shared, finding, meaning)
+
+
+def evidence_test(parts: Mapping[str, np.ndarray], labels: np.ndarray) -> SelfTest:
+    """Ask whether each part (rows by name) holds enough particles of each kind."""
+    counts = {
+        f"{name} holds {counted(int(kind[rows].sum()), word + ' particle')}": int(kind[rows].sum())
+        for name, rows in parts.items()
+        for word, kind in (("good", labels), ("bad", ~labels))
+    }
+    fewest = min(counts, key=lambda text: counts[text])
+    finding = f"at least {counts[fewest]} of each kind in each part"
+    if counts[fewest] < FEWEST:
+        few = "too few to choose a threshold by or to believe the figures. Label more."
+        finding = f"the {fewest}: {few}"
+    return SelfTest("evidence", counts[fewest] >= FEWEST, finding)
+
+
+def run_self_tests(
+    models: Models,
+    threshold: float,
+    loaded: Loaded,
+    labelled: LabelledSet,
+    split: Split,
+    seed: int,
+) -> list[SelfTest]:
+    """Ask all; `models` of one preprocessing score as their mean, against `threshold`."""
+    particles, labels = labelled.particles, labelled.labels
+    sizes = np.array([group.pixel_size_angstrom or 0.0 for group in particles.optics])
+    statistics = {
+        **loaded.statistics,
+        "box size": loaded.boxes_px.astype(np.float64),
+        "pixel size": sizes[particles.optics_of],
+    }
+    used = np.sort(np.concatenate(list(split.parts.values())))
+    # Images are equal if their statistics agree to the last bit.
+    columns = [np.nan_to_num(values) for values in loaded.statistics.values()]
+    identity = np.unique(np.stack(columns, axis=1), axis=0, return_inverse=True)[1].reshape(-1)
+    some = np.sort(np.random.default_rng(seed).permutation(used)[:MOST_PROBED])
+    small = loaded.images.get(some)
+    thumbs = torch.nn.functional.adaptive_avg_pool2d(small[:, :1], THUMBNAIL_PX).flatten(1)
+    train, test = (np.flatnonzero(np.isin(some, rows)) for rows in (split.train, split.test))
+    box = int(np.median(loaded.boxes_px[used]))
+    noise = models.members[0].preprocess(noise_images(box, N_NOISE, seed))
+    noise_scores = np.mean([model.probabilities(noise).numpy() for model in models], axis=0)
+    statistics = {name: values[used] for name, values in statistics.items()}
+    return [
+        *leak_tests(statistics, labels[used], particles.stack_of[used]),
+        copies_test(identity, split.train, np.concatenate([split.validation, split.test])),
+        permutation_test(thumbs.numpy(), labels[some], identity[some], train, test, seed),
+        noise_test(noise_scores, threshold),
+        split_test(split.parts, split.clusters, split.cluster_unit),
+        evidence_test(split.parts, labels),
+    ]
+
+
+def log_self_tests(tests: Sequence[SelfTest]) -> None:
+    """Log what was found; what did not pass is a warning, said even with --quiet."""
+    log.info("Self-tests:")
+    for test in tests:
+        if test.passed:
+            log.info("  pass: %s: %s", test.name, test.finding)
+        else:
+            log.warning("self-test %s: %s", test.name, test.finding)

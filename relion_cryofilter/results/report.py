@@ -1,0 +1,304 @@
+"""What a report shows of a job, collected as one value; `report_files` writes it.
+
+Reports stand on the values that recipes compute; nothing is read back but the particle table's
+own columns and the few dozen images that are shown.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from relion_cryofilter.evaluation import curves
+from relion_cryofilter.files import ALL, SCORE_LABEL
+from relion_cryofilter.images.thumbnails import LOW_PASS_ANGSTROM, read_thumbnails
+from relion_cryofilter.kinds import gpu_numbers
+from relion_cryofilter.nn.measurement import Measured
+from relion_cryofilter.nn.model import Models
+from relion_cryofilter.nn.scoring import Scores
+from relion_cryofilter.nn.training import Trained
+from relion_cryofilter.options import JobOptions, MetricsOptions, ScoreOptions, TrainOptions
+from relion_cryofilter.particles.particles import ParticleSet
+from relion_cryofilter.processes import versions
+from relion_cryofilter.progress import counted, duration
+from relion_cryofilter.results import charts, summaries
+from relion_cryofilter.results.report_files import Pictures, Report
+from relion_cryofilter.thresholds import Chosen
+
+GALLERY, MOST_SOURCES = 24, 3
+SPREAD, SHOW_ALL = 160, 250
+"""Pictures at even ranks, from which the slider takes those nearest a threshold; up to 250: all."""
+CUT = "{cut}"
+"""Stands for the threshold in a `select` command that report.html fills in."""
+
+Facts = list[tuple[str, str]]
+
+
+def score_report(
+    options: ScoreOptions, particles: ParticleSet, models: Models, scores: Scores, chosen: Chosen
+) -> Report:
+    """Collect the report of `score`, whose files are in ``--o``."""
+    values, accepted, bad = chosen.values, chosen.accepted, scores.bad
+
+    # The scores, and pictures on both sides of the threshold.
+    cuts = summaries.cuts_of(values, chosen.threshold, int(accepted.sum()))
+    histogram = summaries.histogram_of(values, chosen.threshold, int(accepted.sum()))
+    usable = np.setdiff1d(np.arange(len(particles)), bad.rows)
+    pictures, galleries = pictures_of(particles, chosen, usable, options.threads)
+
+    # What the particle table says besides.
+    micrographs = summaries.micrographs_of(particles.micrographs, particles.micrograph_of, accepted)
+    trends, unknown = summaries.trends(particles, accepted)
+    pick_maps, features = summaries.pick_maps(particles, accepted), _features(scores, values)
+
+    # In words.
+    seconds, n = scores.seconds, len(values) - scores.n_known
+    facts = [
+        *set_facts(particles),
+        ("Model", models.describe()),
+        ("Threshold", f"{chosen.threshold:g} ({chosen.reason})"),
+        ("Result", chosen.describe()),
+        *([("Unusable images", bad.summary().splitlines()[0])] if len(bad) else []),
+        ("Results in", f"{options.o}/"),
+        ("Options", options_text("score", options)),
+        ("Time", f"{duration(seconds)}, {n / max(seconds, 1e-9):,.0f} particles/s"),
+        *run_facts(options),
+    ]
+    command = ""
+    if particles.table is not None and options.o is not None:
+        name = f"{Path(ALL).stem}{particles.table.suffix}"
+        command = select_command(options.o, name, options.score_label)
+    return Report(
+        title=f"Scores of {facts[0][1]}",
+        facts=facts,
+        cuts=cuts,
+        histogram=histogram,
+        charts=[
+            *charts.score_charts(histogram, cuts),
+            *charts.set_charts(micrographs, trends, pick_maps, features),
+        ],
+        pictures=pictures,
+        galleries=galleries,
+        notes=[*_score_notes(options, particles, chosen), *unknown],
+        sections=micrographs.in_words(),
+        command=command,
+    )
+
+
+def _score_notes(options: ScoreOptions, particles: ParticleSet, chosen: Chosen) -> Iterator[str]:
+    if not options.weights:
+        yield (
+            "The bundled model knows simulated particles only: look at both sides of the cut "
+            "before anything is discarded, and train a model on your own choices."
+        )
+    if chosen.accepted.all() or not chosen.accepted.any():
+        which = "All" if chosen.accepted.all() else "No"
+        yield f"{which} particles are accepted at this threshold."
+    if chosen.values.min() == chosen.values.max():
+        yield "All scores are equal, so no threshold can sort these particles."
+    if not particles.has_micrographs:
+        yield "The input names no micrographs; image stacks stand in for them."
+
+
+def train_report(options: TrainOptions, trained: Trained) -> Report:
+    """Collect the report of `train`: what the test part, unseen in training, says."""
+    measured = trained.measured
+    history = [asdict(epoch) for epoch in trained.histories[0]]
+    return _labelled_report(
+        options,
+        measured,
+        title=f"Training, measured on {measured.part}",
+        model=", ".join(trained.models.names),
+        reason=f"for {options.threshold}, from the validation part",
+        own_charts=charts.history_charts(history, trained.kept_epochs[0]),
+        sections=[
+            ("Labels", [*measured.labelled.notes, trained.split]),
+            ("Self-tests", list(map(str, trained.self_tests))),
+        ],
+    )
+
+
+def metrics_report(
+    options: MetricsOptions, measured: Measured, models: Models, scores: Scores
+) -> Report:
+    """Collect the report of `metrics`; `scores` are those before bad images were left out."""
+    return _labelled_report(
+        options,
+        measured,
+        title=f"Measured on {measured.part}",
+        model=models.describe(),
+        reason=measured.chosen.reason,
+        sections=[("Labels", measured.labelled.notes)],
+        features=_features(scores, np.round(scores.values, 6)),
+    )
+
+
+def _labelled_report(
+    options: TrainOptions | MetricsOptions,
+    measured: Measured,
+    *,
+    title: str,
+    model: str,
+    reason: str,
+    sections: Sequence[tuple[str, Sequence[str]]],
+    own_charts: Sequence[charts.Chart] = (),
+    features: summaries.FeatureMap | None = None,
+) -> Report:
+    """Collect what the reports of labelled sets share; the keywords are their own."""
+    particles, labels = measured.labelled.particles, measured.labelled.labels
+    chosen, evaluation, good = measured.chosen, measured.evaluation, int(labels.sum())
+    asked = (chosen.values, chosen.threshold, int(chosen.accepted.sum()), labels)
+    cuts, histogram = summaries.cuts_of(*asked), summaries.histogram_of(*asked)
+    micrographs = summaries.micrographs_of(
+        particles.micrographs, particles.micrograph_of, chosen.accepted
+    )
+    everyone = np.arange(len(labels))
+    pictures, galleries = pictures_of(particles, chosen, everyone, options.threads, labels)
+    mode = "train" if isinstance(options, TrainOptions) else "metrics"
+    return Report(
+        title=title,
+        facts=[
+            *set_facts(particles),
+            ("Labels", f"{good:,} good, {len(labels) - good:,} bad"),
+            ("Measured on", measured.part),
+            ("Model", model),
+            ("Threshold", f"{chosen.threshold:g} ({reason})"),
+            ("AUC", str(evaluation.auc)),
+            ("Recall", str(evaluation.sensitivity)),
+            ("Precision", str(evaluation.precision)),
+            ("Options", options_text(mode, options)),
+            *run_facts(options),
+        ],
+        cuts=cuts,
+        histogram=histogram,
+        charts=[
+            *charts.score_charts(histogram, cuts),
+            *charts.evaluation_charts(curves(labels, chosen.values), evaluation),
+            *own_charts,
+            *charts.set_charts(micrographs, features=features),
+        ],
+        pictures=pictures,
+        galleries=galleries,
+        sections=[
+            ("Figures", evaluation.summary().splitlines()),
+            *(section for section in sections if section[1]),
+            *micrographs.in_words(),
+        ],
+    )
+
+
+def _features(scores: Scores, values: summaries.Floats) -> summaries.FeatureMap | None:
+    if not scores.features.size:
+        return None
+    return summaries.feature_map(scores.features, values[scores.sampled], len(values))
+
+
+def set_facts(particles: ParticleSet) -> Facts:
+    """Return what was read: names and counts."""
+    names = particles.source.split(", ") if particles.table is None else [particles.source]
+    if particles.table is None and not particles.has_micrographs:
+        names = list(dict.fromkeys(particles.stack_names))
+    source = ", ".join(names[:MOST_SOURCES])
+    if len(names) > MOST_SOURCES:
+        source += f" and {len(names) - MOST_SOURCES:,} more"
+    return [("Input", source), ("Particles", particles.describe())]
+
+
+def run_facts(options: JobOptions) -> Facts:
+    """Return where and with what it ran."""
+    gpus = getattr(options, "gpu", None)
+    used = gpu_numbers(gpus) != [] and torch.cuda.is_available()
+    where = f"GPU {gpus}" if used else "the processor"
+    return [
+        ("Computed on", f"{where}, {counted(options.threads, 'thread')}"),
+        ("Versions", ", ".join(map(" ".join, versions("matplotlib").items()))),
+        ("Made", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")),
+    ]
+
+
+def options_text(mode: str, options: JobOptions) -> str:
+    """Return the options that differ from their defaults, as they would be typed."""
+    words = [mode]
+    for item in fields(options):
+        value = getattr(options, item.name)
+        if value == item.default or item.name in ("quiet", "verbose"):
+            continue
+        words.append(f"--{item.name}")
+        if isinstance(value, tuple) and value and isinstance(value[0], int):
+            words.append(",".join(map(str, value)))
+        elif value is not True:
+            several = value if isinstance(value, tuple) else [value]
+            words += [shlex.quote(str(item)) for item in several]
+    return " ".join(words)
+
+
+def select_command(folder: Path, scored: str, label: str) -> str:
+    """Return the command that sorts `scored` in `folder` again, with `CUT` for its threshold."""
+    number = "_threshold_"  # for CUT, whose braces would be quoted
+    words = ["relion_cryofilter", "select", "--in_parts", str(folder / scored)]
+    words += ["--threshold", number, "--o", f"{folder}/cut_{number}/"]
+    if label != SCORE_LABEL:
+        words += ["--score_label", label]
+    return shlex.join(words).replace(number, CUT)
+
+
+def pictures_of(
+    particles: ParticleSet,
+    chosen: Chosen,
+    usable: NDArray[np.int64],
+    threads: int,
+    labels: NDArray[np.bool_] | None = None,
+) -> tuple[Pictures, dict[str, list[int]]]:
+    """Read pictures for galleries, and more at even ranks for the slider, of the rows `usable`.
+
+    With `labels`, (n,) True for good particles, errors come first. Returns the pictures, and by
+    the title of each gallery the numbers of those in it.
+    """
+    # Which rows stand where.
+    values, accepted = chosen.values, chosen.accepted
+    order = usable[np.argsort(-values[usable], kind="stable")]
+    kept = int(accepted[order].sum())
+    rows_of: dict[str, NDArray[np.int64]] = {}
+    if labels is not None:
+        false_positive = order[(accepted & ~labels)[order]]
+        false_negative = order[(~accepted & labels)[order]][::-1]
+        rows_of = {
+            "False positives: labelled bad, accepted (highest scores)": false_positive[:GALLERY],
+            "False negatives: labelled good, rejected (lowest scores)": false_negative[:GALLERY],
+        }
+    rows_of |= {
+        "Best scores": order[:GALLERY],
+        "Worst scores": order[::-1][:GALLERY],
+        "Accepted, nearest the threshold": order[max(0, kept - GALLERY) : kept][::-1],
+        "Rejected, nearest the threshold": order[kept : kept + GALLERY],
+    }
+
+    # Every image once, by falling score.
+    ranks = np.linspace(0, len(order) - 1, SPREAD).astype(int) if len(order) > SHOW_ALL else ...
+    rows = np.unique(np.concatenate([order[ranks], *rows_of.values()]).astype(np.int64))
+    rows = rows[np.argsort(-values[rows], kind="stable")]
+    kinds = np.full(len(values), "")
+    if labels is not None:
+        kinds = np.where(labels, ", labelled good", ", labelled bad")
+    names = [
+        f"{particles.image_name(row)}\nscore {values[row]:.6f}{kinds[row]}\n"
+        f"{particles.micrographs[particles.micrograph_of[row]]}"
+        for row in rows.tolist()
+    ]
+
+    # How they are shown.
+    groups = [particles.optics[number] for number in np.unique(particles.optics_of[rows])]
+    known = all(group.pixel_size_angstrom for group in groups)
+    filtered = f"to {LOW_PASS_ANGSTROM:g} Å" if known else "(pixel size unknown)"
+    about = f"Low-passed {filtered}, equal contrast; the score is under each."
+    images = read_thumbnails(particles.take(rows), threads)
+    place = {row: number for number, row in enumerate(rows.tolist())}
+    galleries = {title: [place[row] for row in found.tolist()] for title, found in rows_of.items()}
+    return Pictures(images, values[rows], names, about), galleries

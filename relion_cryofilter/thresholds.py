@@ -1,0 +1,376 @@
+"""Thresholds: from a request and scores, or from the operating curve that a model carries.
+
+A particle is accepted if its score is at least the threshold. Scores are written to STAR files
+with six decimals, so thresholds have six decimals too, and what a threshold promises is true of
+the scores as they were given and of the same scores rounded to six decimals.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from math import isnan
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from relion_cryofilter.errors import CryoFilterError, ModelError
+from relion_cryofilter.kinds import ThresholdRequest
+
+Floats = NDArray[np.floating[Any]]
+
+log = logging.getLogger("relion_cryofilter")
+
+
+class Interval(NamedTuple):
+    """A value with the ends of its 95 % interval; nan where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Return ``0.912 [0.894, 0.931]``, without the brackets if there is no interval."""
+        if isnan(self.value):
+            return "undefined"
+        ends = "" if isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f}{ends}"
+
+
+DECIMALS = 6
+STEPS = 10**DECIMALS
+METADATA_KEY, CURVE = "relion_cryofilter", "operating_curve"
+"""Where a model file keeps its JSON, and where in its provenance the curve is."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Which particles are accepted."""
+
+    values: NDArray[np.float64]  # (n,) scores with six decimals, as they are written
+    accepted: NDArray[np.bool_]  # (n,) at least the threshold, and the image is not bad
+    threshold: float
+    reason: str  # where the threshold is from, for the log
+
+    def describe(self) -> str:
+        """Return ``812 accepted (81.2 %), 188 rejected``."""
+        n, kept = len(self.accepted), int(self.accepted.sum())
+        return f"{kept:,} accepted ({100 * kept / n:.1f} %), {n - kept:,} rejected"
+
+    def warn_if_none(self) -> None:
+        """Say how far the best particle is from a threshold that none reaches."""
+        if not self.accepted.any():
+            log.warning(
+                "The highest score is %.6f, below the threshold %g. keep=0.5 would accept half.",
+                self.values.max(), self.threshold,
+            )  # fmt: skip
+
+
+def choose_threshold(
+    request: ThresholdRequest, scores: ArrayLike, labels: ArrayLike | None = None
+) -> float:
+    """Return the threshold that fulfils a request on scored particles.
+
+    Parameters
+    ----------
+    request
+        ``score``: that score. ``recall``: the highest threshold with at least that recall.
+        ``precision``: the lowest threshold with at least that precision. ``keep`` and ``count``:
+        the best particles, at least as many as asked for; all that tie with the last one are
+        accepted too.
+    scores
+        (n,) 0 to 1. Scores of float32 are compared as float32.
+    labels
+        (n,) True for good particles; for ``recall`` and ``precision``.
+
+    Raises
+    ------
+    CryoFilterError
+        There are no scores, a score is not a number, labels are needed and missing or all the
+        same, or the precision can't be reached.
+    """
+    if request.kind == "score":
+        return -float(_floor(np.array([-request.value]))[0])  # the next with six decimals
+    values = checked(scores)
+    if request.kind == "keep":
+        return _nth_highest(values, _least_number(request.value, values.size))
+    if request.kind == "count":
+        return _nth_highest(values, min(int(request.value), values.size))
+    if labels is None:
+        raise CryoFilterError(
+            f"The threshold {request} needs to know which particles are good. Measure on a "
+            "labelled set, use a trained model that holds its validation scores, or ask for "
+            "a score, keep=0.6 or count=50000."
+        )
+    good = np.asarray(labels, dtype=bool)
+    if good.shape != values.shape:
+        raise ValueError(f"{values.shape} scores, but {good.shape} labels")
+    need_both_classes(request, int(good.sum()), int((~good).sum()))
+    if request.kind == "recall":
+        return _nth_highest(values[good], _least_number(request.value, int(good.sum())))
+    # The lowest threshold whose precision is as asked, rounded scores or not.
+    rounded = np.round(values.astype(np.float64), DECIMALS)
+    thresholds = np.unique(np.concatenate([_floor(values), rounded]))
+    precisions = []
+    for given in (rounded, values):
+        true = _count_at_least(given[good], thresholds)
+        precisions.append(ratio(true, true + _count_at_least(given[~good], thresholds)))
+    return lowest_reaching(request, thresholds, np.minimum(*precisions), true / good.sum())
+
+
+def checked(scores: ArrayLike) -> Floats:
+    """Return the scores as float32, if that is what they are, or float64; refuse none and NaN."""
+    values = np.asarray(scores)
+    values = values if values.dtype == np.float32 else values.astype(np.float64)
+    if not values.size:
+        raise CryoFilterError("There are no scores to choose a threshold from.")
+    wrong = int(np.count_nonzero(~np.isfinite(values)))
+    if wrong:
+        raise CryoFilterError(
+            f"{wrong:,} of {values.size:,} scores are not numbers. Score the particles again."
+        )
+    return values
+
+
+def need_both_classes(request: ThresholdRequest, n_positive: int, n_negative: int) -> None:
+    """Refuse a request for a recall or precision that lacks the class it is about."""
+    if not n_positive or (request.kind == "precision" and not n_negative):
+        raise CryoFilterError(
+            f"The threshold {request} can't be found with {n_positive:,} good and "
+            f"{n_negative:,} bad particles. Use a labelled set that holds both."
+        )
+
+
+def _floor(values: Floats) -> NDArray[np.float64]:
+    """Return the highest six-decimal numbers that the values reach, in the values' precision."""
+    nearest = np.round(values.astype(np.float64), DECIMALS)
+    below = np.round(nearest - 1 / STEPS, DECIMALS)
+    return np.where(nearest.astype(values.dtype) <= values, nearest, below)
+
+
+def _least_number(fraction: float, n: int) -> int:
+    """Return the least k with k / n >= fraction, whatever the rounding of fraction * n."""
+    k = max(1, int(fraction * n) - 1)
+    while k / n < fraction:
+        k += 1
+    return k
+
+
+def _nth_highest(values: Floats, n: int) -> float:
+    nth = np.partition(values, values.size - n)[[values.size - n]]
+    return float(_floor(nth)[0])
+
+
+def _count_at_least(values: Floats, thresholds: Floats) -> Floats:
+    """Return how many of the values are at least each threshold, (t,)."""
+    cuts = thresholds.astype(values.dtype)
+    return values.size - np.searchsorted(np.sort(values), cuts, side="left").astype(np.float64)
+
+
+def ratio(part: Floats, whole: Floats) -> Floats:
+    """Return part / whole, (n,) each; nan where there is no whole."""
+    return np.divide(part, whole, out=np.full_like(whole, np.nan), where=whole > 0)
+
+
+def lowest_reaching(
+    request: ThresholdRequest, thresholds: Floats, precisions: Floats, recalls: Floats
+) -> float:
+    """Return the lowest of rising thresholds (t,) whose precision (t,) is as asked.
+
+    Precisions may be nan. If none is as asked, the error names the best there is.
+    """
+    reached = np.flatnonzero(precisions >= request.value)
+    if reached.size:
+        return float(thresholds[reached[0]])
+    best = int(np.nanargmax(precisions))
+    raise CryoFilterError(
+        f"The threshold {request} can't be reached: the best precision is "
+        f"{precisions[best]:.4f}, at a recall of {recalls[best]:.4f} (threshold "
+        f"{thresholds[best]:g}). Ask for less, or for a recall."
+    )
+
+
+MAX_QUANTILES = 201
+
+
+@dataclass(frozen=True)
+class OperatingCurve:
+    """Recall and precision at every threshold, small enough to travel in a model file.
+
+    Parameters
+    ----------
+    positives, negatives : tuple of float
+        Evenly spaced quantiles of the validation scores of good and bad particles, rising, from
+        the lowest score to the highest. Up to `MAX_QUANTILES` scores are kept as they are, and
+        the curve is exact; between the quantiles of more scores it is interpolated. A fine-tuned
+        model's good training particles are among the positives.
+    n_positive, n_negative, n_groups : int
+        Numbers of good and bad particles and of micrographs behind the curve.
+    """
+
+    positives: tuple[float, ...]
+    negatives: tuple[float, ...]
+    n_positive: int
+    n_negative: int
+    n_groups: int
+
+    def __post_init__(self) -> None:
+        for quantiles, n in ((self.positives, self.n_positive), (self.negatives, self.n_negative)):
+            in_range = all(0 <= q <= 1 for q in quantiles)
+            rising = all(a <= b for a, b in pairwise(quantiles))
+            fits = len(quantiles) <= min(n, MAX_QUANTILES) and bool(quantiles) == bool(n)
+            if not (in_range and rising and fits):
+                raise ModelError(
+                    "The model's operating curve is damaged: expected rising scores from 0 to 1, "
+                    f"at most {MAX_QUANTILES} of {n:,}, found {len(quantiles)}. "
+                    "Use another copy of the model, or give the threshold as a score."
+                )
+
+    @classmethod
+    def from_scores(
+        cls,
+        labels: ArrayLike,
+        scores: ArrayLike,
+        groups: ArrayLike,
+        more_positives: ArrayLike = (),
+    ) -> OperatingCurve:
+        """Make the curve of a validation set: (n,) labels, scores and numbers of micrographs.
+
+        `more_positives` are scores of further good particles, which make the recall less of a
+        guess; they don't count in `n_positive`.
+        """
+        values, good = checked(scores).astype(np.float64), np.asarray(labels, dtype=bool)
+        further = np.asarray(more_positives, dtype=np.float64)
+        return cls(
+            positives=_quantiles(np.concatenate([values[good], further]), int(good.sum())),
+            negatives=_quantiles(values[~good]),
+            n_positive=int(good.sum()),
+            n_negative=int((~good).sum()),
+            n_groups=int(np.unique(np.asarray(groups)).size),
+        )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> OperatingCurve:
+        """Read what `to_dict` made, perhaps by way of JSON."""
+        try:
+            return cls(
+                tuple(float(score) for score in data["positives"]),
+                tuple(float(score) for score in data["negatives"]),
+                int(data["n_positive"]), int(data["n_negative"]), int(data["n_groups"]),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"The model's operating curve can't be read: {error!r}.") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the curve as lists and numbers, for JSON."""
+        data = asdict(self)
+        return data | {name: list(data[name]) for name in ("positives", "negatives")}
+
+    def recall_at(self, threshold: float) -> float:
+        """Return the share of good particles accepted at a threshold; nan without any."""
+        true, _ = self._accepted([threshold])
+        return float(true[0]) / self.n_positive if self.n_positive else float("nan")
+
+    def precision_at(self, threshold: float) -> float:
+        """Return the share of good particles in the accepted ones; nan if none is accepted."""
+        true, false = self._accepted([threshold])
+        return float(ratio(true, true + false)[0])
+
+    def describe(self, threshold: float) -> str:
+        """Return what the curve says of a threshold, for the log."""
+        recall = share_interval(self.recall_at(threshold), self.n_positive)
+        return (
+            f"by the curve in the model file recall {recall}, precision "
+            f"{self.precision_at(threshold):.3f}"
+        )
+
+    def threshold(self, request: ThresholdRequest) -> float:
+        """Return the threshold for a score, recall or precision, as `choose_threshold` does.
+
+        A request for a share or a number of particles needs their scores: a CryoFilterError.
+        """
+        if request.kind == "score":
+            return choose_threshold(request, [])
+        if request.kind not in ("recall", "precision"):
+            raise CryoFilterError(f"The threshold {request} needs the particles' scores.")
+        need_both_classes(request, self.n_positive, self.n_negative)
+        thresholds = np.arange(STEPS + 1) / STEPS
+        true, false = self._accepted(thresholds)
+        recalls = true / self.n_positive
+        if request.kind == "recall":
+            return float(thresholds[np.flatnonzero(recalls >= request.value)[-1]])
+        differs = np.append((np.diff(true) != 0) | (np.diff(false) != 0), True)
+        precisions = ratio(true, true + false)
+        return lowest_reaching(
+            request, thresholds[differs], precisions[differs], recalls[differs]
+        )  # of thresholds that accept the same, the highest: a score, as in `choose_threshold`
+
+    def _accepted(self, thresholds: ArrayLike) -> tuple[Floats, Floats]:
+        """Return how many good and how many bad particles reach each threshold, (t,) each."""
+        return (
+            _count_by_quantiles(self.positives, self.n_positive, thresholds),
+            _count_by_quantiles(self.negatives, self.n_negative, thresholds),
+        )
+
+
+def read_curve(path: Path) -> OperatingCurve:
+    """Read the curve in a model file, without torch; a ModelError if there is none."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="np") as file:
+            text = (file.metadata() or {})[METADATA_KEY]
+        return OperatingCurve.from_dict(json.loads(text)["provenance"][CURVE])
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{path}: can't be read as one model file ({error}). Name the .safetensors of a train "
+            "job; select takes one."
+        ) from error
+    except (KeyError, ValueError) as error:
+        raise ModelError(
+            f"{path}: has no validation curve ({error!r}). Give a model made by `train`, or "
+            "ask for a threshold such as 0.5 or keep=0.6."
+        ) from error
+
+
+def _quantiles(values: Floats, most: int = MAX_QUANTILES) -> tuple[float, ...]:
+    if not values.size or not most:
+        return ()
+    spaced = np.linspace(0, 1, min(values.size, most, MAX_QUANTILES))
+    return tuple(np.round(np.quantile(values, spaced), DECIMALS).tolist())
+
+
+def _count_by_quantiles(quantiles: tuple[float, ...], n: int, thresholds: ArrayLike) -> Floats:
+    """Return how many of n scores are at least each threshold, (t,), known their quantiles.
+
+    ``rank[i]`` scores are below quantile i. Just above it there is one more below, and from
+    there to the next quantile the number rises along a line. Quantiles that tie make a step.
+    """
+    cuts = np.asarray(thresholds, dtype=np.float64)
+    if not quantiles:
+        return np.zeros(cuts.shape)
+    score, rank = np.asarray(quantiles), np.linspace(0, n - 1, len(quantiles))
+    after = np.searchsorted(score, cuts, side="left")
+    right = np.clip(after, 1, len(score) - 1) if len(score) > 1 else np.zeros_like(after)
+    left = np.maximum(right - 1, 0)
+    way = ratio(cuts - score[left], score[right] - score[left])
+    below = rank[left] + 1 + way * (rank[right] - rank[left] - 1)
+    below = np.where(after == 0, 0, np.where(after == len(score), n, below))
+    return n - below
+
+
+def share_interval(share: float, n: int) -> Interval:
+    """Return a share of `n` particles with Wilson's 95 % interval, each particle by itself.
+
+    Particles of one micrograph are alike, so it is rather too narrow; where the images are at
+    hand, the bootstrap of `metrics` does better.
+    """
+    from scipy.stats import binomtest  # slow to import
+
+    ends = binomtest(round(share * n), n).proportion_ci(method="wilson")
+    return Interval(share, float(ends.low), float(ends.high))
