@@ -135,7 +135,7 @@ class Model:
         # Made outside inference mode, so that callers may change them in place.
         scores = torch.zeros(len(small), device=device)
         features = torch.empty(len(small), self.network.feature_count, device=device)
-        reduced = torch.autocast(device.type, self.precision, self.precision != torch.float32)
+        reduced = torch.autocast(device.type, torch.bfloat16, self.precision != torch.float32)
         with torch.inference_mode(), reduced:
             step = self.network.micro_batch if device.type == "cpu" else GPU_BATCH
             for start in range(0, len(small), step):
