@@ -1,8 +1,7 @@
-"""Writing files so that nothing is ever found half written, and reading tables back."""
+"""Files that are never found half written, their names, and the RELION project's folder."""
 
 from __future__ import annotations
 
-import csv
 import os
 import tempfile
 from collections.abc import Iterator
@@ -40,12 +39,6 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a table whose first line names its columns."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 ALL, ACCEPTED, REJECTED = "particles.star", "particles_accepted.star", "particles_rejected.star"
