@@ -89,6 +89,10 @@ def test_members_share_the_test_part_and_rotate_validation(tmp_path):
         assert set(labels[member.validation].tolist()) == {True, False}
     held = [tuple(member.validation) for member in members]
     assert len(set(held)) == 3
+    for seed in range(20):  # of few micrographs, some seed's fold is the first split once more
+        few = split_by_micrograph(particles.take(np.arange(72)), labels[:72], 0.34, seed)
+        held = [tuple(member.validation) for member in few.members(labels[:72], 2, seed)]
+        assert len(set(held)) == 2
     labels = np.arange(240) % 60 == 0
     with pytest.raises(CryoFilterError, match="Ask for fewer"):
         split_by_micrograph(particles, labels, 0.5, 0).members(labels, 9, 0)

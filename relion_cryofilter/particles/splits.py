@@ -62,7 +62,8 @@ class Split:
 
             folds = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
             for train, validation in folds.split(rows, labels[rows], groups):
-                if len(set(labels[rows[validation]].tolist())) == 2:
+                same = np.array_equal(rows[validation], self.validation)
+                if len(set(labels[rows[validation]].tolist())) == 2 and not same:
                     found.append(replace(self, train=rows[train], validation=rows[validation]))
         if len(found) < count - 1:
             raise CryoFilterError(
