@@ -125,16 +125,20 @@ class Model:
             Test-time augmentation: the mean score of the eight flips and quarter turns; nothing
             to do for an equivariant network.
         """
-        return self.probabilities_and_features(small, tta)[0]
+        return self._infer(small, tta, 0)[0]
 
     def probabilities_and_features(self, small: Tensor, tta: bool = False) -> tuple[Tensor, Tensor]:
         """Return scores (n,) and features (n, feature_count) of the images as they stand."""
+        return self._infer(small, tta, self.network.feature_count)
+
+    def _infer(self, small: Tensor, tta: bool, kept: int) -> tuple[Tensor, Tensor]:
+        """Return scores (n,) and the first `kept` features of each image."""
         if self.network.training:
             self.network.eval()
         device = self.network.device
         # Made outside inference mode, so that callers may change them in place.
         scores = torch.zeros(len(small), device=device)
-        features = torch.empty(len(small), self.network.feature_count, device=device)
+        features = torch.empty(len(small), kept, device=device)
         reduced = torch.autocast(device.type, torch.bfloat16, self.precision != torch.float32)
         with torch.inference_mode(), reduced:
             step = self.network.micro_batch if device.type == "cpu" else GPU_BATCH
@@ -148,7 +152,7 @@ class Model:
                     _, *views = d4_views(batch)
                     others = [self._score(self.network(view)) for view in views]
                     values = torch.stack([values, *others]).mean(dim=0)
-                scores[rows], features[rows] = values[:count], vectors[:count]
+                scores[rows], features[rows] = values[:count], vectors[:count, :kept]
         return scores.to(small.device), features.to(small.device)
 
     def _score(self, logits: Tensor) -> Tensor:

@@ -186,9 +186,11 @@ class _Scorer:
                 if model.preprocess not in small:
                     small[model.preprocess] = model.preprocess(boxes, model.precision)
             first = small[models[0].preprocess]
-            scores, features = models[0].probabilities_and_features(first, self._tta)
-            if not self._with_features:
-                features = features[:, :0]
+            if self._with_features:
+                scores, features = models[0].probabilities_and_features(first, self._tta)
+            else:
+                scores = models[0].probabilities(first, self._tta)
+                features = scores.new_empty(len(scores), 0)
             for model in models[1:]:
                 scores = scores + model.probabilities(small[model.preprocess], self._tta)
             for maps in small.values():
