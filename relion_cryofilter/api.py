@@ -245,10 +245,7 @@ def _labelled(good: Particles, bad: Particles, folder: str | Path) -> LabelledSe
 
 def _models(model: SomeModels, options: ModelOptions) -> Models:
     several = [model] if isinstance(model, str | Path | Model) else model
-    return read_models(
-        several or (), precision=options.precision,
-        network=options.model, f=options.f, img_dim=options.img_dim,
-    )  # fmt: skip
+    return read_models(several or (), **options.beliefs)
 
 
 def _scores(

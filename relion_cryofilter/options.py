@@ -114,6 +114,14 @@ class ModelOptions(JobOptions):
         "integer", low=1,
     )  # fmt: skip
 
+    @property
+    def beliefs(self) -> dict[str, Any]:
+        """The precision and the checks, as `read_models` takes them."""
+        return {
+            "precision": self.precision, "network": self.model,
+            "f": self.f, "img_dim": self.img_dim,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(ModelOptions):

@@ -160,7 +160,7 @@ def _filter(
     table = CsTable(source, CsFile(source, particles, np.dtype([])))
     filtered = filter_particles(
         ScoreOptions(in_parts=source, o=results, project_dir=project, **same),
-        particles_of_cs(table, project),
+        lambda _: particles_of_cs(table, project),
         abort_requested,
     )
     assert filtered is not None  # one process

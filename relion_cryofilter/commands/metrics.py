@@ -43,10 +43,7 @@ def metrics(
     labelled = read_labels(
         options.in_parts, options.pos, options.neg, options.pos_classes, options.neg_classes
     )
-    models = read_models(
-        options.weights, precision=options.precision,
-        network=options.model, f=options.f, img_dim=options.img_dim,
-    )  # fmt: skip
+    models = read_models(options.weights, **options.beliefs)
     models.check(labelled.particles, options.threshold)
     part = "all labelled particles"
     neighbours = False

@@ -57,32 +57,30 @@ def score(
     Aborted
         `abort_requested` said True; nothing was written.
     """
-    _places(options)  # refuses what would be overwritten before anything is read
-    if options.features and process_count() > 1:
-        raise UsageError("--features is written by one process; leave it out, or start one.")
-    filtered = filter_particles(options, _read_input(options), abort_requested)
+    filtered = filter_particles(options, _read_input, abort_requested)
     return filtered.outputs if filtered else ()
 
 
 @dataclass(frozen=True, eq=False)
 class Filtered:
-    """What `score` gives: the scores, who is accepted, and the files that RELION should know."""
+    """What `score` gives: who is accepted, and the files that RELION should know."""
 
-    scores: Scores
     chosen: Chosen
     outputs: tuple[Output, ...]
 
 
 def filter_particles(
-    options: ScoreOptions, particles: ParticleSet, abort_requested: Callable[[], bool]
+    options: ScoreOptions,
+    read: Callable[[ScoreOptions], ParticleSet],
+    abort_requested: Callable[[], bool],
 ) -> Filtered | None:
-    """Score particles that were read and write the results; None if another process does that."""
-    # Read.
+    """Score what `read` reads and write the results; None if another process does that."""
+    # Read, once it is known that nothing would be overwritten.
     places = _places(options)
-    models = read_models(
-        options.weights, precision=options.precision,
-        network=options.model, f=options.f, img_dim=options.img_dim,
-    )  # fmt: skip
+    if options.features and process_count() > 1:
+        raise UsageError("--features is written by one process; leave it out, or start one.")
+    particles = read(options)
+    models = read_models(options.weights, **options.beliefs)
     models.check(particles, options.threshold)
     ranks = join_ranks()
     how = How.asked(options, ranks)
@@ -118,7 +116,7 @@ def filter_particles(
     if options.o is not None:
         outputs += write_report(options.o, report)
     _conclude(places, holds, scores, chosen)
-    return Filtered(scores, chosen, outputs)
+    return Filtered(chosen, outputs)
 
 
 def _write(
