@@ -54,6 +54,11 @@ class ThresholdRequest:
         if not fits:
             raise _not_understood(str(self), f"{self.kind} must be {_RANGES[self.kind]}")
 
+    @property
+    def reason(self) -> str:
+        """Where a threshold that it gave is from, for the log."""
+        return "as asked" if self.kind == "score" else f"for {self}"
+
     @classmethod
     def parse(cls, text: str) -> ThresholdRequest:
         """Read a request as users write it, see `FORMS`.

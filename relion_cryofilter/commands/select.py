@@ -46,7 +46,7 @@ def select(
 
     # Compute: the threshold, from the scores or from the curve of the model that made them.
     request = options.threshold
-    reason = "as asked" if request.kind == "score" else f"for {request}"
+    reason = request.reason
     if request.kind in ("recall", "precision"):
         if options.weights is None:
             raise UsageError("A threshold for recall or precision needs the model: --weights.")
@@ -56,9 +56,10 @@ def select(
         log.info("Taking it that the scores were made by %s: they don't tell.", options.weights)
     else:
         threshold = choose_threshold(request, scores)
-    chosen = Chosen(scores, scores >= threshold, threshold, reason)
-    if request.kind == "count" and chosen.accepted.sum() > request.value:
+    accepted = scores >= threshold
+    if request.kind == "count" and accepted.sum() > request.value:
         reason += "; particles that tie with the last one are accepted too"
+    chosen = Chosen(scores, accepted, threshold, reason)
 
     # Write.
     options.o.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def measure(
         log.warning("%s\nThey are left out.", scores.bad.summary())
     if len(set(labelled.labels.tolist())) < 2:
         raise CryoFilterError("Only particles of one kind are left, so nothing can be measured.")
-    chosen = models.choose(scores.values[kept], request, bad=np.empty(0, np.int64))
+    chosen = models.choose(scores.values[kept], request)
     clusters, unit = clusters_of(labelled.particles)
     evaluation = evaluate(labelled.labels, chosen.values, clusters, chosen.threshold, seed=seed)
     return Measured(labelled, chosen, evaluation, unit, part)

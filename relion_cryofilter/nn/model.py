@@ -371,25 +371,25 @@ class Models:
             estimate = f"; on its validation particles {', '.join(said)}" if said else ""
             return _mean([model.threshold for model in self]), f"the model's own{estimate}"
         if request.kind not in ("recall", "precision"):
-            reason = "as asked" if request.kind == "score" else f"for {request}"
-            return choose_threshold(request, scores), reason
+            return choose_threshold(request, scores), request.reason
         threshold = _mean([model.curve.threshold(request) for model in self])
         if len(self) > 1:
             return threshold, (
-                f"for {request}, roughly: the mean of the thresholds of {len(self)} models; "
+                f"{request.reason}, roughly: the mean of the thresholds of {len(self)} models; "
                 "metrics on labelled particles tells what it gives"
             )
         simulated = ", of simulated particles" if SIMULATED in first.provenance else ""
-        return threshold, f"for {request}; {first.curve.describe(threshold)}{simulated}"
+        return threshold, f"{request.reason}; {first.curve.describe(threshold)}{simulated}"
 
     def choose(
-        self, scores: np.ndarray, request: ThresholdRequest | None, bad: np.ndarray
+        self, scores: np.ndarray, request: ThresholdRequest | None, bad: np.ndarray | None = None
     ) -> Chosen:
         """Accept and reject by ``--threshold``; the rows in `bad` are never accepted."""
         values = np.round(scores, DECIMALS)
         threshold, reason = self.threshold(request, values)
         accepted = values >= threshold
-        accepted[bad] = False
+        if bad is not None:
+            accepted[bad] = False
         return Chosen(values, accepted, threshold, reason)
 
 

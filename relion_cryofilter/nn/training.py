@@ -172,7 +172,7 @@ def train_models(
     # The test part, which played no role so far.
     test, small = labelled.take(split.test), loaded.images.get(split.test)
     each = np.stack([model.probabilities(small).double().numpy() for model in models])
-    chosen = models.choose(each.mean(axis=0), None, bad=np.empty(0, np.int64))
+    chosen = models.choose(each.mean(axis=0), None)
     clusters, threshold, seed = split.clusters[split.test], chosen.threshold, options.seed
     evaluation = evaluate(test.labels, chosen.values, clusters, threshold, seed=seed)
     part = describe_test_part(split, options)
