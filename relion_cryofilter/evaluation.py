@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from relion_cryofilter.errors import CryoFilterError
 from relion_cryofilter.progress import counted
-from relion_cryofilter.thresholds import Interval, ratio
+from relion_cryofilter.thresholds import Interval, ratio, refuse_not_a_number
 
 Floats = NDArray[np.float64]
 
@@ -49,7 +49,7 @@ SINCE_2020 = ("precision", "average_precision", "fpr_at_95_recall", "ece")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of a labelled, scored set; those at the threshold come last."""
+    """The metrics of a labelled, scored set, in the order of `METRICS`."""
 
     n: int  # images
     n_positive: int  # good ones
@@ -248,11 +248,7 @@ def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], F
         raise ValueError(f"labels are {good.shape} and scores {values.shape}, expected (n,) both")
     if not good.size:
         raise CryoFilterError("There are no labelled images to measure on.")
-    wrong = int(np.count_nonzero(~np.isfinite(values)))
-    if wrong:
-        raise CryoFilterError(
-            f"{wrong:,} of {good.size:,} scores are not numbers. Score the particles again."
-        )
+    refuse_not_a_number(values)
     return good, values
 
 

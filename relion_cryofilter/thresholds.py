@@ -129,12 +129,16 @@ def checked(scores: ArrayLike) -> Floats:
     values = values if values.dtype == np.float32 else values.astype(np.float64)
     if not values.size:
         raise CryoFilterError("There are no scores to choose a threshold from.")
-    wrong = int(np.count_nonzero(~np.isfinite(values)))
-    if wrong:
-        raise CryoFilterError(
-            f"{wrong:,} of {values.size:,} scores are not numbers. Score the particles again."
-        )
+    refuse_not_a_number(values)
     return values
+
+
+def refuse_not_a_number(scores: Floats) -> None:
+    """Say how many of the scores (n,) are not finite, if any are not."""
+    if wrong := int(np.count_nonzero(~np.isfinite(scores))):
+        raise CryoFilterError(
+            f"{wrong:,} of {scores.size:,} scores are not numbers. Score the particles again."
+        )
 
 
 def need_both_classes(request: ThresholdRequest, n_positive: int, n_negative: int) -> None:
@@ -368,7 +372,7 @@ def share_interval(share: float, n: int) -> Interval:
     """Return a share of `n` particles with Wilson's 95 % interval, each particle by itself.
 
     Particles of one micrograph are alike, so it is rather too narrow; where the images are at
-    hand, the bootstrap of `metrics` does better.
+    hand, the bootstrap of `evaluation` does better.
     """
     from scipy.stats import binomtest  # slow to import
 

@@ -15,6 +15,7 @@ from relion_cryofilter.particles.star import (
     CTF_MAX_RESOLUTION,
     DEFOCUS,
 )
+from relion_cryofilter.thresholds import share_interval
 
 if TYPE_CHECKING:
     from relion_cryofilter.particles.particles import ParticleSet
@@ -175,7 +176,6 @@ def trend_of(label: str, values: Numbers, accepted: Mask) -> Trend | None:
     None where the quantity is unknown or the same everywhere.
     """
     import pandas as pd  # slow to import
-    from scipy.stats import binomtest
 
     known = np.isfinite(values)
     x = values[known].astype(np.float64)
@@ -186,11 +186,9 @@ def trend_of(label: str, values: Numbers, accepted: Mask) -> Trend | None:
     found = table.groupby(bins, observed=True).agg(
         n=("x", "size"), centre=("x", "mean"), kept=("accepted", "sum")
     )
-    counts = zip(found.kept.tolist(), found.n.tolist())
-    ends = np.array([binomtest(kept, n).proportion_ci(method="wilson") for kept, n in counts]).T
-    share = (found.kept / found.n).to_numpy(np.float64)
-    centre = found.centre.to_numpy(np.float64)
-    return Trend(label, centre, share, ends[0], ends[1], *np.histogram(x, DENSITY_BINS))
+    shares = zip((found.kept / found.n).tolist(), found.n.tolist())
+    share, low, high = np.array([share_interval(*share_of) for share_of in shares]).T
+    return Trend(label, found.centre.to_numpy(), share, low, high, *np.histogram(x, DENSITY_BINS))
 
 
 def trends(particles: ParticleSet, accepted: Mask) -> tuple[list[Trend], list[str]]:
