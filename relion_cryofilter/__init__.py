@@ -48,8 +48,11 @@ _ROOMS = {
     "errors": ("CryoFilterError",),
     "nn.model": ("Model", "load_model"),
     "nn.scoring": ("Scores", "score_particles"),
+    "options": (
+        "ConvertOptions", "MetricsOptions", "ScoreOptions", "SelectOptions", "TrainOptions",
+    ),
     "particles.particles": ("ParticleSet", "read_particles"),
-}
+}  # fmt: skip
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 __all__ = [
     "ConvertOptions",
@@ -79,7 +82,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    room = _ROOM_OF.get(name) or ("options" if name.endswith("Options") else "")
-    if name not in __all__ or not room:
+    if name not in _ROOM_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{room}"), name)
+    return getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
