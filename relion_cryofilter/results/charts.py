@@ -147,7 +147,12 @@ def _shortened(name: str, most: int = 34) -> str:
 
 def printable(text: str) -> str:
     """Return text, dollars or bytes that are no UTF-8 in it, as matplotlib can show it."""
-    return text.encode(errors="replace").decode().replace("$", r"\$")
+    return clean(text).replace("$", r"\$")
+
+
+def clean(text: str) -> str:
+    """Return text without the bytes of names that are no UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def _quantity(trend: Trend) -> str:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from relion_cryofilter.files import LOGFILE, REPORT, replacing, write_text
 from relion_cryofilter.images.thumbnails import THUMBNAIL_PX, sprite
 from relion_cryofilter.progress import duration
-from relion_cryofilter.results.charts import Chart, printable
+from relion_cryofilter.results.charts import Chart, clean, printable
 from relion_cryofilter.results.outputs import Output
 
 if TYPE_CHECKING:
@@ -274,12 +274,12 @@ def write_html(path: Path, report: Report, pages: Sequence[ChartPage]) -> None:
         "goodCounts": None if histogram.good is None else histogram.good.tolist(),
         "steep": histogram.steep,
         "scores": pictures.scores.tolist(),
-        "names": [_clean(name) for name in pictures.names],
+        "names": [clean(name) for name in pictures.names],
         "pictures": pictures.about,
         "columns": SPRITE_COLUMNS,
         "nearest": NEAREST,
         "galleries": [[*gallery, NO_PICTURE] for gallery in report.galleries.items()],
-        "command": _clean(report.command),
+        "command": clean(report.command),
     }
     template = Template(files(__package__).joinpath("report.html").read_text(encoding="utf-8"))
     text = template.substitute(
@@ -294,14 +294,9 @@ def write_html(path: Path, report: Report, pages: Sequence[ChartPage]) -> None:
     write_text(path, text)
 
 
-def _clean(text: str) -> str:
-    """Return text without the bytes of names that are no UTF-8."""
-    return text.encode(errors="replace").decode()
-
-
 def _escaped(text: str) -> str:
     """Return text as HTML."""
-    return html.escape(_clean(text))
+    return html.escape(clean(text))
 
 
 def _data_uri(picture: Image) -> str:
