@@ -95,7 +95,8 @@ class Training:
     models
         One, or those of the ensemble.
     figures
-        Figures of the test part with intervals, and the self-tests, as in metrics.json.
+        Figures of particles unseen in training with intervals, and the self-tests, as in
+        metrics.json.
     """
 
     models: tuple[Model, ...]
@@ -109,7 +110,7 @@ class Training:
         return pd.DataFrame([asdict(epoch) for epoch in self._trained.histories[0]]).astype(float)
 
     def predictions(self) -> pd.DataFrame:
-        """Return image, micrograph, label and score of each test particle."""
+        """Return image, micrograph, label and score of each particle that was measured."""
         return self._trained.measured.to_frame()
 
 

@@ -48,6 +48,7 @@ SCORES_CSV, FEATURES, BAD_IMAGES = "scores.csv", "features.npy", "bad_images.csv
 """Of `score`."""
 
 MODEL, HISTORY, CHECKPOINT = "model.safetensors", "history.csv", "checkpoint_last.pt"
+CHECKPOINTS, SUSPICIOUS = "checkpoints", "suspicious_labels.star"
 """Of `train`."""
 
 METRICS, PREDICTIONS = "metrics.json", "predictions.csv"

@@ -164,23 +164,29 @@ class LabelOptions(Options):
 class TrainOptions(JobOptions, LabelOptions):
     """Train a model on a Select job, on classes, or on files of good and bad particles."""
 
-    split: float = option(
-        "Share of the particles to train on, whole micrographs; the rest is halved between "
-        "validation and test.", "number", 0.7, low=0.05, high=0.95,
+    split: float | None = option(
+        "Train on this share of the particles (whole micrographs), choose epoch and threshold on "
+        "half of the rest, test on the other half. Default: train on all, and measure each "
+        "particle by models that have not seen its micrograph.", "number", low=0.05, high=0.95,
     )  # fmt: skip
     epochs: int | None = option(
-        "Most epochs; training stops early. Default: 12 from a model, 30 from scratch.",
-        "integer", low=1,
+        "Looks at each image. Default: what the labels need, within a budget of steps; 30 from "
+        "scratch. With --split: at most, 12 from a model.", "integer", low=1,
     )  # fmt: skip
-    patience: int = option("Epochs without a better validation AUC.", "integer", 10, low=1)
+    patience: int = option(
+        "With --split: epochs without a better validation AUC.", "integer", 10, low=1
+    )
     batch_size: int | None = option(
         "Images a step. Default: 32 from a model, 64 from scratch.", "integer", low=1
     )
-    learning_rate: float = option("At the start; it falls.", "number", 1e-3, low=1e-8, high=1.0)
+    learning_rate: float | None = option(
+        "At the start; it falls. Default: what the labels need, 0.001 or 0.003; with --split or "
+        "from scratch 0.001.", "number", low=1e-8, high=1.0,
+    )  # fmt: skip
     augmentation: bool = option("Show images flipped and rotated too.", "flag", True)
     ensemble: int = option(
-        "Models to train, each with another part of the micrographs for validation; their scores "
-        "are averaged.", "integer", 1, low=1, high=10,
+        "Models to train, each with another seed (with --split: another part of the micrographs "
+        "for validation); their scores are averaged.", "integer", 1, low=1, high=10,
     )  # fmt: skip
     model: str | None = option(
         "Train this network from scratch: d4 (the bundled one's), straight or roberts (2020). "
@@ -200,11 +206,12 @@ class TrainOptions(JobOptions, LabelOptions):
         "Model to start from (fine-tuning); the bundled one if no network is named.", "path"
     )
     seed: int = option(
-        "Of the split, the weights and the order.", "integer", 0, low=0, high=2**31 - 1
+        "Of the folds or the split, the weights and the order.", "integer", 0, low=0, high=2**31 - 1
     )
     threshold: ThresholdRequest = option(
-        "Threshold to store in the model, from validation: recall=0.95, precision=0.9, keep=0.6, "
-        "0.6, or 2020 (0.5).", "threshold", ThresholdRequest("recall", 0.95),
+        "Threshold to store in the model, for the particles behind the labels as far as wrong "
+        "labels can be told: recall=0.95, precision=0.9, keep=0.6, 0.6, or 2020 (0.5).",
+        "threshold", ThresholdRequest("recall", 0.95),
     )  # fmt: skip
     max_memory: float = option(
         "GB for the small images; a larger set is read again each epoch.", "number", 8.0, low=0

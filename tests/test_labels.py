@@ -12,7 +12,7 @@ from making import half_star, make_select_job
 from relion_cryofilter.errors import CryoFilterError, StarError
 from relion_cryofilter.particles.labels import read_labels
 from relion_cryofilter.particles.particles import concatenate, read_particles
-from relion_cryofilter.particles.splits import split_by_micrograph
+from relion_cryofilter.particles.splits import folds_by_micrograph, split_by_micrograph
 
 
 @pytest.fixture
@@ -295,3 +295,46 @@ def test_too_few_of_a_kind_is_an_error(tmp_path):
     labels = np.arange(40) < 2
     with pytest.raises(CryoFilterError, match="Only 2 positive particles"):
         split_by_micrograph(particles_of(4, 10, tmp_path), labels, 0.7, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_folds_hold_every_row_once_and_no_micrograph_twice(tmp_path, seed):
+    particles = particles_of(30, 20, tmp_path)
+    labels = np.random.default_rng(seed).random(600) < 0.3
+    folds = folds_by_micrograph(particles, labels, seed)
+    assert (folds.unit, len(folds.held)) == ("micrograph", 5)
+    assert np.array_equal(folds.rows, np.arange(600))
+    sides = [set(particles.micrograph_of[rows]) for rows in folds.held]
+    assert not any(a & b for i, a in enumerate(sides) for b in sides[:i])
+    assert all(90 < len(rows) < 150 and 0 < labels[rows].sum() < len(rows) for rows in folds.held)
+    for number, rows in enumerate(folds.held):
+        assert np.all(folds.fold_of[rows] == number)
+        assert np.array_equal(folds.others(number), np.setdiff1d(np.arange(600), rows))
+    left = folds_by_micrograph(particles, labels, seed, np.arange(10))
+    assert np.array_equal(left.rows, np.arange(10, 600))
+
+
+def test_folds_do_not_depend_on_the_order_of_the_rows(tmp_path):
+    for number, particles in enumerate((particles_of(30, 20, tmp_path),
+                                        particles_of(2, 60, tmp_path, named=False))):  # fmt: skip
+        n = len(particles)
+        labels = np.random.default_rng(0).random(n) < 0.3
+        if number:  # each stack of one kind: folds are by particle
+            labels = particles.stack_of == 0
+        folds = folds_by_micrograph(particles, labels, 3)
+        order = np.random.default_rng(1).permutation(n)
+        again = folds_by_micrograph(particles.take(order), labels[order], 3)
+        assert folds.unit == again.unit == ("particle" if number else "micrograph")
+        for a, b in zip(folds.held, again.held):
+            assert set(a.tolist()) == set(order[b].tolist())
+
+
+def test_few_micrographs_give_fewer_folds_and_then_stacks_or_particles(tmp_path):
+    particles = particles_of(3, 40, tmp_path)
+    folds = folds_by_micrograph(particles, np.arange(120) % 2 == 0, 0)
+    assert (folds.unit, len(folds.held)) == ("micrograph", 3)
+    one_kind_each = particles.micrograph_of == 0
+    folds = folds_by_micrograph(particles, one_kind_each, 0)
+    assert (folds.unit, len(folds.held), folds.cluster_unit) == ("particle", 5, "micrograph")
+    by_stack = particles_of(12, 10, tmp_path, named=False)
+    assert folds_by_micrograph(by_stack, np.arange(120) % 2 == 0, 0).unit == "stack"

@@ -350,7 +350,8 @@ def labelled(project):
 
 @pytest.mark.slow
 def test_a_training_reports_its_test_part_its_epochs_and_its_doubts(labelled):
-    assert job.main(f"train --o {JOB} {labelled} --epochs 2 --model straight --f 4".split()) == 0
+    words = f"train --o {JOB} {labelled} --epochs 2 --model straight --f 4 --split 0.7"
+    assert job.main(words.split()) == 0
     text = Path(JOB, "report.html").read_text()
     for said in ("ROC", "Precision and recall", "Reliability", "Confusion matrix", "Loss",
                  "Self-tests", "pure noise", "Labels", "False positives", "False negatives",

@@ -93,13 +93,13 @@ def test_permuted_labels_are_at_chance_unless_images_are_on_both_sides():
     labels = rng.random(800) < 0.5
     train, test, identity = np.arange(400), np.arange(400, 800), np.arange(800)
     assert permutation_test(small, labels, identity, train, test, 0).passed
-    assert copies_test(identity, train, test).passed
+    assert copies_test(identity, [(train, test)]).passed
     small[400:], identity[400:] = small[:400], identity[:400]
     doubled = permutation_test(small, labels, identity, train, test, 0)
     assert not doubled.passed
     assert "the same images are on both sides" in doubled.finding
     assert "400 images outside the training part are copies" in str(
-        copies_test(identity, train, test)
+        copies_test(identity, [(train, test)])
     )
 
 

@@ -31,8 +31,8 @@ from relion_cryofilter.images.preprocess import BlurResize, d4_views, turn
 from relion_cryofilter.images.small_images import load_small_images
 from relion_cryofilter.nn.model import load_model
 from relion_cryofilter.nn.networks import build_network
+from relion_cryofilter.nn.three_parts import fit_temperature
 from relion_cryofilter.nn.trainer import Settings, Trainer, TrainingData
-from relion_cryofilter.nn.training import fit_temperature
 from relion_cryofilter.particles.particles import read_particles
 from relion_cryofilter.particles.splits import split_by_micrograph
 from relion_cryofilter.progress import Progress
@@ -150,7 +150,7 @@ def test_the_temperature_of_overconfident_logits_is_found(true):
 
 
 OUTPUTS = [
-    "model.safetensors", "history.csv", "checkpoint_last.pt", "metrics.json", "predictions.csv",
+    "model.safetensors", "history.csv", "checkpoints", "metrics.json", "predictions.csv",
     "roc.png", "confusion_matrix.png", "precision_recall.png", "reliability.png",
     "score_histogram.png", "history.png", "RELION_JOB_EXIT_SUCCESS",
 ]  # fmt: skip
@@ -167,8 +167,9 @@ def test_a_checkpoint_of_other_images_is_not_gone_on_from(trained, capsys):
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_started_anew(trained, capsys):
     first = load_model(Path(TRAIN_JOB, "model.safetensors")).hash
-    data = Path(TRAIN_JOB, "checkpoint_last.pt").read_bytes()
-    Path(TRAIN_JOB, "checkpoint_last.pt").write_bytes(data[: len(data) // 2])
+    for path in Path(TRAIN_JOB, "checkpoints").iterdir():
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
     assert job.main(train_words("--epochs 1").split()) == 0
     assert "can't be read" in capsys.readouterr().out
     assert load_model(Path(TRAIN_JOB, "model.safetensors")).hash == first
@@ -182,7 +183,7 @@ def test_bad_images_are_left_out_of_the_same_split(select_project, capsys):
     path.write_bytes(path.read_bytes()[:1024] + data.tobytes())
     assert job.main(train_words("--epochs 1").split()) == 1
     assert "--skip_bad leaves them out" in capsys.readouterr().err
-    assert job.main(train_words("--epochs 1 --skip_bad").split()) == 0
+    assert job.main(train_words("--epochs 1 --skip_bad --split 0.7").split()) == 0
     with Path(TRAIN_JOB, "predictions.csv").open() as file:
         trained = {row["image"] for row in csv.DictReader(file)}
     words = "metrics --o M/ --in_parts Select/job003/particles.star --skip_bad --split 0.7"
@@ -228,23 +229,25 @@ def test_a_training_job_leaves_model_history_and_figures(select_project, capsys)
     ]  # fmt: skip
     assert len(history) == 3
     text = capsys.readouterr().out
-    for said in ("in memory as float32", "Split by", "Auc:", "Self-tests:", "permuted labels",
-                 "pure noise", "background sigma", "file of origin"):  # fmt: skip
+    for said in ("in memory as float32", "2 folds by micrograph", "Auc:", "Self-tests:",
+                 "permuted labels", "pure noise", "background sigma",
+                 "file of origin"):  # fmt: skip
         assert said in text
-    assert text.splitlines()[-1].startswith("On the test part: AUC ")
+    assert text.splitlines()[-1].startswith("Out of fold, against the labels: AUC ")
     report = json.loads(Path(TRAIN_JOB, "metrics.json").read_text())
     assert {test["name"] for test in report["self_tests"]} >= {"split", "pure noise"}
     model = load_model(Path(TRAIN_JOB, "model.safetensors"))
     assert model.provenance["threshold_request"] == "recall=0.95"
     assert model.provenance["pixel_sizes_angstrom"] == [3.0]
     assert "operating_curve" in model.provenance
+    assert report["n"] == 96 == len(Path(TRAIN_JOB, "predictions.csv").read_text().splitlines()) - 1
 
 
 @pytest.mark.slow
 def test_score_tells_what_validation_said_of_its_threshold(trained, capsys):
     base = "score --o S/ --in_parts Extract/job001/particles.star --weights "
     base += f"{TRAIN_JOB}model.safetensors"
-    for request, said in (("", "the model's own; on its validation particles recall"),
+    for request, said in (("", "the model's own; out of fold, against the labels, recall"),
                           ("--threshold recall=0.5", "for recall=0.5; by the curve in"),
                           ("--threshold count=10", "for count=10")):  # fmt: skip
         assert job.main([*base.split(), *request.split()]) == 0
@@ -300,14 +303,24 @@ def test_real_projects_train_from_their_select_job_and_score(
 
 
 @pytest.mark.slow
-def test_sigkill_in_mid_epoch_then_continue_gives_the_same_weights(select_project):
+@pytest.mark.parametrize(
+    ("more", "checkpoint"),
+    [
+        ("--epochs 6", "checkpoints/as_asked_all_0.pt"),
+        ("--epochs 6 --j 2", "checkpoints/as_asked_fold2_0.pt"),
+        ("--epochs 12 --patience 12 --split 0.7", "checkpoint_last.pt"),
+    ],
+)
+def test_sigkill_in_mid_epoch_then_continue_gives_the_same_weights(
+    select_project, more, checkpoint
+):
     shim = [sys.executable, str(ROOT / "external_job.py")]
-    words = train_words("--epochs 12 --patience 12 --batch_size 1").split()
+    words = train_words(f"{more} --batch_size 1").split()
     subprocess.run([*shim, *words], check=True, capture_output=True)
     whole = load_model(Path(TRAIN_JOB, "model.safetensors"))
     words[words.index(TRAIN_JOB)] = "External/job010/"
     with started([*shim, *words], stdout=subprocess.DEVNULL) as running:
-        wait_until(Path("External/job010/checkpoint_last.pt").exists, running)
+        wait_until(Path("External/job010/", checkpoint).exists, running)
         time.sleep(0.03)
         running.kill()
     assert not Path("External/job010/model.safetensors").exists(), "it was killed too late"
@@ -355,12 +368,17 @@ def test_names_of_2020_keep_working(select_project):
 
 
 @pytest.mark.slow
-def test_an_abort_in_training_leaves_aborted(select_project):
+@pytest.mark.parametrize("more", ["--j 2", "--patience 5000 --split 0.7"])
+def test_an_abort_in_training_leaves_aborted(select_project, more):
     Path(TRAIN_JOB).mkdir(parents=True)
     shim = [sys.executable, str(ROOT / "external_job.py")]
-    words = train_words("--epochs 5000 --patience 5000").split()
+    words = train_words(f"--epochs 5000 {more}").split()
     with started([*shim, *words], stdout=subprocess.PIPE) as running:
-        wait_until(Path(TRAIN_JOB, "checkpoint_last.pt").exists, running)
+        begun = [
+            Path(TRAIN_JOB, name)
+            for name in ("checkpoint_last.pt", "checkpoints/as_asked_all_0.pt")
+        ]
+        wait_until(lambda: any(path.exists() for path in begun), running)
         Path(TRAIN_JOB, "RELION_JOB_ABORT_NOW").touch()
         running.communicate(timeout=PATIENCE_S)
     assert Path(TRAIN_JOB, "RELION_JOB_EXIT_ABORTED").exists()
@@ -400,7 +418,7 @@ def test_metrics_on_micrographs_that_the_model_has_seen_warns(select_project, ca
         kept = [x for x in lines if "@" not in x or (int(x.split("@")[0][-6:]) > 12) == first]
         Path(f"{name}.star").write_text("".join(kept))
     labels = "--pos good.star --neg bad.star"
-    assert job.main(f"train --o T/ {labels} --epochs 1 --j 1".split()) == 0
+    assert job.main(f"train --o T/ {labels} --epochs 1 --j 1 --split 0.7".split()) == 0
     assert "Split by micrograph" in capsys.readouterr().out
     words = f"metrics --o M/ {labels} --weights T/model.safetensors"
     assert job.main(words.split()) == 0

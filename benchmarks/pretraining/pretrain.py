@@ -27,8 +27,8 @@ from relion_cryofilter.images.small_images import InMemory
 from relion_cryofilter.kinds import ThresholdRequest, gpu_numbers
 from relion_cryofilter.nn.model import BUNDLED_MODEL, CURVE, Model
 from relion_cryofilter.nn.networks import build_network, choose_devices
+from relion_cryofilter.nn.three_parts import calibrated, fit_temperature
 from relion_cryofilter.nn.trainer import Settings, Trainer, TrainingData, predict
-from relion_cryofilter.nn.training import calibrated, fit_temperature
 from relion_cryofilter.particles.splits import Split
 from relion_cryofilter.processes import versions
 from relion_cryofilter.progress import Progress

@@ -56,7 +56,7 @@ def demo(
     _run_job([*words, "--quiet"], project)
     found = json.loads((project / TRAIN / METRICS).read_text())
     log.info(
-        "On its test part, of %s only: AUC %.3f; %s has the rest.",
+        "Out of fold, on %s only: AUC %.3f against the labels; %s has the rest.",
         counted(found["n_groups"], "micrograph"), found["auc"]["value"], project / TRAIN / LOGFILE,
     )  # fmt: skip
     log.info("\n3. Score with the trained model.")

@@ -111,7 +111,7 @@ def _warn_of_seen(models: Models, labelled: LabelledSet) -> None:
         if shared:
             log.warning(
                 "The model (hash %s) was trained or validated on %d of these %d %ss, so the "
-                "figures are too good. Measure on the test part of its training: --split and "
-                "--seed as there.",
+                "figures are too good. Honest ones are in its training's metrics.json; of one with "
+                "--split, measure on the test part: --split and --seed as there.",
                 model.hash, shared, len(units), clusters_of(labelled.particles)[1],
             )  # fmt: skip

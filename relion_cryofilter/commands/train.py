@@ -13,6 +13,7 @@ from relion_cryofilter.files import (
     MODEL,
     PREDICTIONS,
     REPORT,
+    SUSPICIOUS,
     numbered,
 )
 from relion_cryofilter.nn.model import BUNDLED_MODEL
@@ -28,6 +29,7 @@ from relion_cryofilter.results.outputs import (
     write_history,
     write_history_chart,
     write_measured,
+    write_suspects,
 )
 from relion_cryofilter.results.report_files import Report, write_report
 
@@ -37,7 +39,7 @@ log = logging.getLogger("relion_cryofilter")
 def train(
     options: TrainOptions, abort_requested: Callable[[], bool] = lambda: False
 ) -> tuple[Output, ...]:
-    """Train a model; write model.safetensors, history.csv, the test figures and a checkpoint.
+    """Train a model; write model.safetensors, history.csv, figures, suspects and checkpoints.
 
     A job that was stopped is resumed after its last finished epoch when it is started again with
     the same options in the same folder.
@@ -51,6 +53,8 @@ def train(
     """
     folder = results_folder(options.o, options.out_dir)
     refuse_to_overwrite([options.init or BUNDLED_MODEL], [(options.weight_dir or folder) / MODEL])
+    sources = (options.in_parts, *options.pos, *options.neg)
+    refuse_to_overwrite(sources, [folder / SUSPICIOUS])
     history = options.history_dir or folder
     trained = train_models(
         read_labels(
@@ -77,13 +81,18 @@ def write_trained(folder: Path, trained: Trained, options: TrainOptions) -> tupl
         log.info("Wrote %s (hash %s).", path, model.hash)
 
     # The figures.
-    measured = trained.measured
+    measured, suspicious = trained.measured, dict[str, str]()
     write_measured(folder, measured, trained.figures(options))
+    if trained.suspects is not None:
+        suspicious = write_suspects(folder, measured, trained.suspects)
     for number, kept in enumerate(trained.kept_epochs, 1):
         history = trained.histories[number - 1]
         write_history_chart(options.history_dir or folder, number, history, kept)
     summary = measured.evaluation.summary()
-    log.info("On the test part, which played no role in training:\n%s", summary)
+    if options.split is None:
+        log.info("Against the labels, on %s:\n%s", measured.part, summary)
+    else:
+        log.info("On the test part, which played no role in training:\n%s", summary)
     log_self_tests(trained.self_tests)
     if len(paths) > 1:
         names = " ".join(map(str, paths))
@@ -96,13 +105,16 @@ def write_trained(folder: Path, trained: Trained, options: TrainOptions) -> tupl
         return train_report(options, trained)
 
     outputs = write_report(folder, report)
+    of = "the test part" if trained.suspects is None else "all labelled particles, out of fold"
     files = {
         **{path.name: "for score --weights" for path in paths},
         HISTORY: "loss, accuracy and AUC of each epoch",
-        METRICS: "figures of the test part",
-        PREDICTIONS: "scores of the test part",
+        METRICS: f"figures of {of}",
+        PREDICTIONS: f"scores of {of}",
+        **suspicious,
         LOGFILE: "for RELION's Display menu",
         REPORT: "the same for a browser",
     }
-    log_files(folder, files, f"On the test part: {measured.evaluation.headline()}")
+    where = "On the test part" if trained.suspects is None else "Out of fold, against the labels"
+    log_files(folder, files, f"{where}: {measured.evaluation.headline()}")
     return outputs

@@ -111,14 +111,16 @@ def of_metrics(folder: str) -> list[ResultsDisplayObject]:
 
 
 def of_history(folder: str) -> list[ResultsDisplayObject]:
-    """Return loss and AUC of each epoch as graphs."""
+    """Return loss and, where a part was held back to validate on, AUC of each epoch as graphs."""
     import pandas as pd  # slow to import
 
     path = f"{folder}{HISTORY}"
-    table = pd.read_csv(path)
+    table = pd.read_csv(path).dropna(axis="columns", how="all")
     graphs = []
     for figure, title in (("loss", "Loss"), ("auc", "AUC")):
         names = [name for name in map(str, table.columns) if name.endswith(figure)]
+        if not names:
+            continue
         graphs.append(
             create_results_display_object(
                 "graph", title=f"{title} of each epoch",

@@ -19,7 +19,7 @@ from pipeliner.pipeliner_job import PipelinerCommand, PipelinerJob
 from pipeliner.results_display_objects import ResultsDisplayObject
 
 from relion_cryofilter.doppio import display, job_options
-from relion_cryofilter.files import ACCEPTED, ALL, METRICS, MODEL, REJECTED
+from relion_cryofilter.files import ACCEPTED, ALL, CHECKPOINTS, METRICS, MODEL, REJECTED
 from relion_cryofilter.options import JobOptions, MetricsOptions, ScoreOptions, TrainOptions
 
 PROGRAM = "relion_cryofilter"
@@ -133,8 +133,9 @@ class TrainParticles(_LabelledJob):
 
     def prepare_clean_up_lists(self, do_harsh: bool = False) -> tuple[list[str], list[str]]:
         """Return the checkpoints, which are only for going on with a stopped training."""
-        found = Path(self.output_dir).glob("checkpoint_last*.pt")
-        return sorted(map(str, found)), []
+        folder = Path(self.output_dir)
+        files, folders = folder.glob("checkpoint_last*.pt"), folder.glob(CHECKPOINTS)
+        return sorted(map(str, files)), sorted(map(str, folders))
 
 
 class MeasureParticles(_LabelledJob):

@@ -15,7 +15,7 @@ from relion_cryofilter.nn.model import Models
 from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.options import MetricsOptions, TrainOptions
 from relion_cryofilter.particles.labels import LabelledSet
-from relion_cryofilter.particles.splits import Split, clusters_of
+from relion_cryofilter.particles.splits import Folds, Split, clusters_of
 from relion_cryofilter.thresholds import Chosen
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Measured:
     evaluation: Evaluation
     unit: str  # what the intervals resample: micrographs, or what stands in for them
     part: str  # which part of the data this is, in words
+    doubted: np.ndarray | None = None  # rows whose labels the scores contradict most, these first
 
     def to_frame(self) -> pd.DataFrame:
         """Return image, micrograph, label (1 or 0) and score of each particle."""
@@ -78,4 +79,12 @@ def describe_test_part(split: Split, options: MetricsOptions | TrainOptions) -> 
     """Return which part of a labelled set is measured, so that it can be had again."""
     return (
         f"the test part of a split by {split.unit}, --split {options.split:g} --seed {options.seed}"
+    )
+
+
+def describe_folds(folds: Folds, options: TrainOptions) -> str:
+    """Return what the figures of a cross-fitting are of."""
+    return (
+        f"all {len(folds.rows):,} labelled particles, each by a model that has not seen its "
+        f"{folds.unit} ({len(folds.held)} folds, --seed {options.seed})"
     )

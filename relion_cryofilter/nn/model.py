@@ -51,8 +51,9 @@ FORMAT_VERSION, HASH_DIGITS, GPU_BATCH = 1, 12, 512
 BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "default.safetensors"
 PIXEL_SIZE_TOLERANCE = 0.1
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
-ESTIMATE, SIMULATED = "threshold_estimate", "made_by"
-"""Keys of the provenance: what validation says of the threshold, and the simulator."""
+ESTIMATE, SIMULATED, LABEL_NOISE = "threshold_estimate", "made_by", "label_noise"
+"""Keys of the provenance: what the threshold gave on particles unseen, the simulator, and how many
+labels look wrong."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -368,7 +369,9 @@ class Models:
                 for name in ("recall", "precision")
                 if name in known
             ]
-            estimate = f"; on its validation particles {', '.join(said)}" if said else ""
+            folds = "folds" in first.provenance
+            where = "out of fold, against the labels," if folds else "on its validation particles"
+            estimate = f"; {where} {', '.join(said)}" if said else ""
             return _mean([model.threshold for model in self]), f"the model's own{estimate}"
         if request.kind not in ("recall", "precision"):
             return choose_threshold(request, scores), request.reason

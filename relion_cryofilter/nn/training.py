@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +13,38 @@ import numpy as np
 import torch
 
 from relion_cryofilter.errors import CryoFilterError, UsageError
-from relion_cryofilter.evaluation import evaluate
-from relion_cryofilter.files import CHECKPOINT, numbered
+from relion_cryofilter.evaluation import Evaluation, evaluate
 from relion_cryofilter.images.contrast import refuse_dark
-from relion_cryofilter.images.preprocess import Preprocess, preprocess_from_dict
-from relion_cryofilter.images.small_images import Loaded, load_small_images, noise_images
-from relion_cryofilter.kinds import gpu_numbers
-from relion_cryofilter.nn.measurement import Measured, describe_test_part
-from relion_cryofilter.nn.model import BUNDLED_MODEL, ESTIMATE, Model, Models, load_model
-from relion_cryofilter.nn.networks import Network, build_network, choose_devices, network_class
+from relion_cryofilter.images.small_images import load_small_images
+from relion_cryofilter.nn.crossfit import CrossFit, cross_fit, images_to_show
+from relion_cryofilter.nn.label_noise import (
+    LabelNoise,
+    calibrate,
+    curve_behind,
+    measure_label_noise,
+    threshold_behind,
+)
+from relion_cryofilter.nn.measurement import Measured, describe_folds, describe_test_part
+from relion_cryofilter.nn.model import ESTIMATE, LABEL_NOISE, Model, Models
 from relion_cryofilter.nn.selftests import SelfTest, run_self_tests
-from relion_cryofilter.nn.trainer import Epoch, Settings, Trainer, TrainingData, predict
+from relion_cryofilter.nn.suspects import Suspects, suspects_of
+from relion_cryofilter.nn.task import Task, start_of
+from relion_cryofilter.nn.three_parts import AfterEpoch, Member, calibrated
+from relion_cryofilter.nn.trainer import Epoch
 from relion_cryofilter.options import TrainOptions
 from relion_cryofilter.particles.labels import LabelledSet
-from relion_cryofilter.particles.splits import Split, seen_units, short_hash, split_by_micrograph
-from relion_cryofilter.processes import versions
+from relion_cryofilter.particles.splits import (
+    Folds,
+    Split,
+    folds_by_micrograph,
+    split_by_micrograph,
+)
 from relion_cryofilter.progress import Progress, counted
-from relion_cryofilter.thresholds import CURVE, OperatingCurve, choose_threshold
+from relion_cryofilter.thresholds import CURVE, choose_threshold
 
-DEFAULT_NETWORK = "straight"
-FROM_SCRATCH = {"epochs": 30, "batch_size": 64}
-FROM_MODEL = {"epochs": 12, "batch_size": 32}
-NOISE_SHARE, NOISE_POOL, NOISE_SEED = 0.05, 512, 10_000
 HARDLY_FILTERS = 0.8
-TEMPERATURES = np.geomspace(0.2, 5.0, 241)
 
 log = logging.getLogger("relion_cryofilter")
-
-AfterEpoch = Callable[[int, Sequence[Epoch]], None]
-"""Given a model's number, from 1, and its history after each epoch."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """The network before training, its images, and the model that it is of; "" for none."""
-
-    network: Network
-    preprocess: Preprocess
-    origin: str = ""
-
-    def settings(self, options: TrainOptions) -> Settings:
-        """Return how to train from here; one that is of a model is fine-tuned."""
-        usual = FROM_MODEL if self.origin else FROM_SCRATCH
-        return Settings(
-            epochs=options.epochs or usual["epochs"],
-            patience=options.patience,
-            batch_size=options.batch_size or usual["batch_size"],
-            learning_rate=options.learning_rate,
-            augmentation=options.augmentation,
-            seed=options.seed,
-            noise_share=NOISE_SHARE if self.origin else 0.0,
-            fine_tuning=bool(self.origin),
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,13 +56,19 @@ class Trained:
     models
         One, or those of the ensemble.
     measured
-        The figures of the test part, which played no role in training.
+        The figures, of scores by models that had not seen the particles: of all labelled
+        particles out of fold, or, with ``--split``, of the test part.
     self_tests
         Whether the figures could be too good to be true.
     histories, kept_epochs
         The epochs of each model, and whose weights it has; 0 for those before any training.
     split
-        The parts, in words.
+        The folds or the parts, in words.
+    label_noise, behind
+        How many labels look wrong, and the figures of the particles behind the labels, by name;
+        None and {} with ``--split``.
+    suspects
+        The particles whose label the scores contradict most; None with ``--split``.
     """
 
     models: Models
@@ -92,15 +77,24 @@ class Trained:
     histories: Sequence[Sequence[Epoch]]
     kept_epochs: Sequence[int]
     split: str
+    label_noise: LabelNoise | None = None
+    behind: dict[str, float] = field(default_factory=dict)
+    suspects: Suspects | None = None
 
     def figures(self, options: TrainOptions) -> dict[str, Any]:
         """Return what metrics.json holds."""
+        noise = self.label_noise
         return {
             "data": self.measured.labelled.particles.source,
             "part": self.measured.part,
             "model": ", ".join(model.hash for model in self.models),
             "threshold_request": str(options.threshold),
             "self_tests": [asdict(item) for item in self.self_tests],
+            **(
+                {LABEL_NOISE: {**noise.to_dict(), "behind_the_labels": self.behind}}
+                if noise
+                else {}
+            ),
             **self.measured.evaluation.to_dict(),
         }
 
@@ -119,7 +113,7 @@ def train_models(
     labelled, options
         n particles, good and bad, and how to train.
     folder
-        Holds a checkpoint a model, from which a stopped training is resumed.
+        Holds checkpoints, from which a stopped training is resumed.
     abort_requested, after_epoch
         Asked at every step, where True raises Aborted; called after every epoch.
 
@@ -132,12 +126,15 @@ def train_models(
         raise UsageError("--threshold count=… is for score and select; train has no set to count.")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    start = _start(options, labelled)
+    start = start_of(options, labelled)
 
-    # The parts, and every image once; images that can't be used leave their part.
-    split = split_by_micrograph(labelled.particles, labelled.labels, options.split, options.seed)
+    # Every image once, and the folds or parts; images that can't be used are left out.
+    particles, labels = labelled.particles, labelled.labels
+    three = None
+    if options.split is not None:
+        three = split_by_micrograph(particles, labels, options.split, options.seed)
     loaded = load_small_images(
-        labelled.particles,
+        particles,
         start.preprocess,
         Progress(len(labelled), "images read", abort_requested),
         threads=options.threads,
@@ -147,26 +144,41 @@ def train_models(
         loaded.bad.refuse("--skip_bad leaves them out")
     elif len(loaded.bad):
         log.warning("%s\nThey are left out.", loaded.bad.summary())
-    split = split.without(loaded.bad.rows)
+    split: Folds | Split
+    if three is None:
+        split = folds_by_micrograph(particles, labels, options.seed, loaded.bad.rows)
+    else:
+        split = three.without(loaded.bad.rows)
     for name, rows in split.parts.items():
-        if len(set(labelled.labels[rows].tolist())) < 2:
+        if len(set(labels[rows].tolist())) < 2:
             raise CryoFilterError(
-                f"The {name} part has no {'bad' if labelled.labels[rows].any() else 'good'} "
+                f"The {name} part has no {'bad' if labels[rows].any() else 'good'} "
                 "particle left. Check the images or label more."
             )
     if not options.any_contrast:
-        good = np.flatnonzero(labelled.labels & (loaded.boxes_px > 0))
-        refuse_dark(loaded.contrast[good], split.clusters[good], labelled.particles.source)
-    _announce(labelled, split, start, loaded, options)
+        good = np.flatnonzero(labels & (loaded.boxes_px > 0))
+        refuse_dark(loaded.contrast[good], split.clusters[good], particles.source)
+    task = Task(options, labelled, loaded, start, folder)
+    _announce(task, split)
+    if isinstance(split, Folds):
+        return _cross_fitted(task, split, abort_requested, after_epoch)
+    return _by_parts(task, split, abort_requested, after_epoch)
 
+
+def _by_parts(
+    task: Task, split: Split, abort_requested: Callable[[], bool], after_epoch: AfterEpoch
+) -> Trained:
+    """Train on one part, choose by another, measure on the third."""
+    options, labelled, loaded = task.options, task.labelled, task.loaded
     # The models, each with a validation part of its own.
     members = split.members(labelled.labels, options.ensemble, options.seed)
-    steps = start.settings(options).epochs * sum(len(member.train) for member in members)
+    epochs = task.start.settings(options).epochs
+    steps = epochs * sum(len(member.train) for member in members)
     progress = Progress(steps, "image steps", abort_requested)
-    fits = []
-    for number, member in enumerate(members, 1):
-        one = _Member(options, labelled, loaded, member, start, folder, number)
-        fits.append(one.fit(progress, after_epoch))
+    fits = [
+        Member(task, member, number).fit(progress, after_epoch)
+        for number, member in enumerate(members, 1)
+    ]
     models = Models(tuple(fit[0] for fit in fits), tuple(f"hash {fit[0].hash}" for fit in fits))
 
     # The test part, which played no role so far.
@@ -186,30 +198,134 @@ def train_models(
     )
 
 
-def _start(options: TrainOptions, labelled: LabelledSet) -> Start:
-    """Return the network to train: that of ``--init``, the bundled one, or a new one."""
-    new = any((options.model, options.f, options.img_dim, options.preprocess))
-    if options.init is None and new:
-        name = options.model or DEFAULT_NETWORK
-        kind = network_class(name)
-        if options.f is not None and "f" not in kind.parameters_of():
-            raise UsageError(f"--f {options.f} is not for --model {name}.")
-        if options.preprocess not in (None, *kind.recipes):
-            raise UsageError(f"--preprocess {options.preprocess} is not for --model {name}.")
-        chosen = {"f": options.f, "dim": options.img_dim}
-        network = build_network(name, **{k: v for k, v in chosen.items() if v is not None})
-        return Start(network, preprocess_from_dict(network.recipe(options.preprocess)))
-    path = options.init or BUNDLED_MODEL
-    model = load_model(path)
-    asked = {"model": options.model, "f": options.f, "img_dim": options.img_dim}
-    model.check_belief(path, **asked, preprocess=options.preprocess)
-    if options.init is not None:
-        Models((model,), (str(path),)).check(labelled.particles)
-    origin = str(options.init or "the bundled model")
-    return Start(model.network, model.preprocess, f"{origin} (hash {model.hash})")
+def _cross_fitted(
+    task: Task, folds: Folds, abort_requested: Callable[[], bool], after_epoch: AfterEpoch
+) -> Trained:
+    """Train on all labels, measure on all of them out of fold."""
+    options, rows = task.options, folds.rows
+    labelled, clusters = task.labelled.take(rows), folds.clusters[rows]
+    labels = labelled.labels
+    total = options.ensemble * images_to_show(task, folds)
+    progress = Progress(total, "image steps", abort_requested)
+    fits, members, each, noise = [], list[Model](), list[np.ndarray](), LabelNoise.unknown("")
+    for number in range(1, options.ensemble + 1):
+        fit = cross_fit(task, folds, progress, number, partial(after_epoch, number))
+        # How many labels are wrong, and scores that are probabilities all the same.
+        noise = LabelNoise.unknown(
+            "the weights of the start are kept, and its scores say too little"
+        )
+        if fit.recipe is not None:
+            noise = measure_label_noise(fit.logits, labels, clusters, options.seed)
+        temperature, shift = calibrate(fit.logits, labels, noise.shares)
+        scores = calibrated(fit.logits + temperature * shift, temperature)
+        with torch.no_grad():
+            fit.network.head.bias.add_(temperature * shift)
+        members.append(_with_threshold(task, folds, fit, noise, scores, temperature))
+        fits.append(fit)
+        each.append(scores)
+    models = Models(tuple(members), tuple(f"hash {model.hash}" for model in members))
+    log.info("%s", noise.describe())
+
+    # All labelled particles, out of fold.
+    chosen = models.choose(np.mean(each, axis=0), None, bad=np.empty(0, np.int64))
+    threshold = chosen.threshold
+    evaluation = evaluate(labels, chosen.values, clusters, threshold, seed=options.seed)
+    curve = curve_behind(chosen.values, labels, clusters, noise.shares)
+    behind = {}
+    if noise.corrects:
+        behind = {
+            "auc": noise.shares.auc(evaluation.auc.value),
+            "recall": curve.recall_at(threshold),
+            "precision": curve.precision_at(threshold),
+        }
+    _say_thresholds(task, evaluation, chosen.values, labels, behind)
+    part, suspects = describe_folds(folds, options), suspects_of(labelled, chosen.values)
+    unit = folds.cluster_unit
+    return Trained(
+        models=models,
+        measured=Measured(labelled, chosen, evaluation, unit, part, suspects.rows),
+        self_tests=run_self_tests(
+            models, threshold, task.loaded, task.labelled, folds, options.seed
+        ),
+        histories=[fit.history for fit in fits],
+        kept_epochs=[fit.history[-1].epoch if fit.recipe else 0 for fit in fits],
+        split=_describe_parts(task.labelled.labels, folds),
+        label_noise=noise,
+        behind=behind,
+        suspects=suspects,
+    )
 
 
-def _describe_parts(labels: np.ndarray, split: Split) -> str:
+def _with_threshold(
+    task: Task,
+    folds: Folds,
+    fit: CrossFit,
+    noise: LabelNoise,
+    scores: np.ndarray,
+    temperature: float,
+) -> Model:
+    """Return the model of all labels with threshold and curve from out-of-fold scores (m,)."""
+    options, rows = task.options, folds.rows
+    labels, clusters = task.labelled.labels[rows], folds.clusters[rows]
+    threshold = threshold_behind(options.threshold, scores, labels, noise.shares)
+    curve = curve_behind(scores, labels, clusters, noise.shares)
+    found = evaluate(labels, scores, clusters, threshold, seed=options.seed)
+    bad_accepted = 1 - found.specificity.value
+    if bad_accepted > HARDLY_FILTERS:
+        log.warning(
+            "This threshold accepts %.0f %% of the labelled bad particles: it hardly filters. The "
+            "model has learnt too little, or %d labelled good particles are too few for %s; try "
+            "more labels, or score with --threshold recall=0.9 or keep=0.6.",
+            100 * bad_accepted, labels.sum(), options.threshold,
+        )  # fmt: skip
+    estimates = {"recall": found.sensitivity, "precision": found.precision, "auc": found.auc}
+    provenance = {
+        **task.provenance(rows),
+        "folds": {
+            "unit": folds.unit,
+            "seed": options.seed,
+            **{name: len(part) for name, part in folds.parts.items()},
+        },
+        "recipe": asdict(fit.recipe) if fit.recipe else None,
+        LABEL_NOISE: noise.to_dict(),
+        ESTIMATE: {
+            name: [None if np.isnan(value) else value for value in interval]
+            for name, interval in estimates.items()
+        },
+        CURVE: curve.to_dict(),
+    }
+    return Model(fit.network, task.start.preprocess, threshold, temperature, provenance)
+
+
+def _say_thresholds(
+    task: Task,
+    evaluation: Evaluation,
+    scores: np.ndarray,
+    labels: np.ndarray,
+    behind: dict[str, float],
+) -> None:
+    """Log the threshold and its figures, by the labels and of the particles behind them."""
+    request, threshold = task.options.threshold, evaluation.threshold
+    plain = (
+        f"AUC {evaluation.auc}, recall {evaluation.sensitivity}, precision {evaluation.precision}"
+    )
+    if not behind:
+        log.info("Threshold %g for %s. Against the labels: %s.", threshold, request, plain)
+        return
+    taken = ""
+    if request.kind in ("recall", "precision"):
+        try:
+            taken = f"; taking the labels as true, {choose_threshold(request, scores, labels):g}"
+        except CryoFilterError:
+            taken = "; taking the labels as true, there is none"
+    log.info(
+        "Threshold %g for %s of the particles behind the labels%s. Against the labels: %s. Of the "
+        "particles behind them: AUC %.3f, recall %.3f, precision %.3f.",
+        threshold, request, taken, plain, behind["auc"], behind["recall"], behind["precision"],
+    )  # fmt: skip
+
+
+def _describe_parts(labels: np.ndarray, split: Split | Folds) -> str:
     return ", ".join(
         f"{name} {len(rows):,} ({labels[rows].sum():,} good, "
         f"{counted(len(np.unique(split.clusters[rows])), split.cluster_unit)})"
@@ -217,176 +333,35 @@ def _describe_parts(labels: np.ndarray, split: Split) -> str:
     )
 
 
-def _announce(
-    labelled: LabelledSet, split: Split, start: Start, loaded: Loaded, options: TrainOptions
-) -> None:
+def _announce(task: Task, split: Split | Folds) -> None:
     """Log what is trained on what, and what is doubtful about the split."""
+    options, labelled, start = task.options, task.labelled, task.start
     labels, network = labelled.labels, start.network
     data, parts = counted(len(labelled), "labelled particle"), _describe_parts(labels, split)
     kinds = f"{labels.sum():,} good, {(~labels).sum():,} bad"
-    log.info("%s: %s. Small images: %s.", data, kinds, loaded.images.where)
-    log.info("Split by %s, seed %d: %s.", split.unit, options.seed, parts)
-    share = len(split.train) / len(labelled)
-    if abs(share - options.split) > 0.1:
-        log.warning(
-            "Whole %ss allow only %.0f %% for training (asked: %.0f %%); more of them would help.",
-            split.unit, 100 * share, 100 * options.split,
+    log.info("%s: %s. Small images: %s.", data, kinds, task.loaded.images.where)
+    if isinstance(split, Folds):
+        log.info(
+            "%s by %s, seed %d: %s. Figures are of every particle's score by a model that has not "
+            "seen its %s; the model that is written is trained on all of them.",
+            counted(len(split.held), "fold"), split.unit, options.seed, parts, split.unit,
         )  # fmt: skip
+    else:
+        log.info("Split by %s, seed %d: %s.", split.unit, options.seed, parts)
+        share, asked = len(split.train) / len(labelled), options.split or 0.0
+        if abs(share - asked) > 0.1:
+            log.warning(
+                "Whole %ss allow only %.0f %% for training (asked: %.0f %%); more of them would "
+                "help.", split.unit, 100 * share, 100 * asked,
+            )  # fmt: skip
     if split.unit == "particle" or split.unit != split.cluster_unit:
         log.warning(
-            "The split is by %s: no micrographs are known, or too few hold both kinds. Neighbours "
-            "may be on two sides, so figures may be somewhat too good.", split.unit,
+            "The %s by %s: no micrographs are known, or too few hold both kinds. Neighbours may "
+            "be on two sides, so figures may be somewhat too good.",
+            "folds are" if isinstance(split, Folds) else "split is", split.unit,
         )  # fmt: skip
     weights = sum(parameter.numel() for parameter in network.parameters())
     size = f"{network.dim} px, {weights:,} weights"
     how = f"fine-tuned from {start.origin}" if start.origin else "from scratch"
     threads = counted(options.threads, "thread")
     log.info("Network %s, %s, %s; %s.", network.name, size, how, threads)
-
-
-@dataclass(frozen=True, eq=False)
-class _Member:
-    """One model of an ensemble (or the only one): what it is trained on, and how."""
-
-    options: TrainOptions
-    labelled: LabelledSet
-    loaded: Loaded
-    split: Split
-    start: Start
-    folder: Path
-    number: int  # from 1
-
-    def fit(self, progress: Progress, after_epoch: AfterEpoch) -> tuple[Model, list[Epoch], int]:
-        """Train and calibrate; return the model, its history and the number of the kept epoch."""
-        options, labelled, loaded = self.options, self.labelled, self.loaded
-        particles, split, start = self.labelled.particles, self.split, self.start
-        # What a checkpoint must agree on to be resumed.
-        rows = " ".join(particles.image_name(row) for row in range(len(particles)))
-        parts = [part.tolist() for part in split.parts.values()]
-        stats = [(path, path.stat()) for path in particles.stacks if path.exists()]
-        dark = f" inverted {particles.inverted}" if any(particles.inverted) else ""
-        stacks = " ".join(f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats) + dark
-        kind = [start.network.name, start.network.kwargs, start.preprocess.to_dict()]
-        identity = {
-            "labels": labelled.fingerprint,
-            "rows": short_hash(f"{rows} {parts}"),
-            "stacks": short_hash(stacks),
-            "images": loaded.images.precision,
-            "network": json.dumps(kind),
-            "init": start.origin,
-        }
-        # Weights, noise and the best epoch.
-        torch.manual_seed(options.seed + self.number - 1)
-        settings, noise = start.settings(options), None
-        if settings.noise_share:
-            box = int(np.median(loaded.boxes_px[split.train]))
-            noise = start.preprocess(noise_images(box, NOISE_POOL, options.seed + NOISE_SEED))
-        trainer = Trainer(
-            copy.deepcopy(start.network),
-            TrainingData(loaded.images, labelled.labels, split, noise),
-            settings,
-            self.folder / numbered(CHECKPOINT, self.number),
-            identity,
-            choose_devices(gpu_numbers(options.gpu))[0],
-        )
-        history = trainer.run(progress, lambda epochs: after_epoch(self.number, epochs))
-        kept = trainer.best_number
-        if not kept:
-            log.warning(
-                "No epoch did better on the validation part than %s did before (AUC %.4f), so its "
-                "weights are kept; only the calibration and the threshold are new.",
-                start.origin, trainer.start_auc,
-            )  # fmt: skip
-        return self._calibrated(trainer), history, kept
-
-    def _calibrated(self, trainer: Trainer) -> Model:
-        """Return the trainer's model with temperature and threshold from the validation part.
-
-        A threshold for a recall is the quantile of few scores, so fine-tuning, which hardly fits
-        the training part, takes that part's good particles in (benchmarks/results/quality.md).
-        """
-        labelled, loaded, split = self.labelled, self.loaded, self.split
-        network, best, request = trainer.network, trainer.best_number, self.options.threshold
-        rows, labels = split.validation, labelled.labels[split.validation]
-
-        # Temperature and threshold.
-        logits = predict(network, loaded.images, rows).numpy().astype(np.float64)
-        temperature = fit_temperature(logits, labels)
-        scores, more = calibrated(logits, temperature), np.array([])
-        if trainer.settings.fine_tuning:
-            known = split.train[labelled.labels[split.train]]
-            logits = predict(network, loaded.images, known).numpy().astype(np.float64)
-            more = calibrated(logits, temperature)
-        curve = OperatingCurve.from_scores(labels, scores, split.clusters[rows], more)
-        both = more.size > 0 and request.kind == "recall"
-        threshold = curve.threshold(request) if both else choose_threshold(request, scores, labels)
-
-        # What the validation part says of it.
-        found = evaluate(labels, scores, split.clusters[rows], threshold, seed=self.options.seed)
-        log.info(
-            "%s Temperature %.2f. Threshold %g for %s%s; on the validation part alone recall %s, "
-            "precision %s, %d of %d accepted.",
-            f"Best epoch {best}." if best else "The weights of the start.", temperature, threshold,
-            request, " of the good training and validation particles" if both else "",
-            found.sensitivity, found.precision, (scores >= threshold).sum(), len(scores),
-        )  # fmt: skip
-        bad_accepted = 1 - found.specificity.value
-        if bad_accepted > HARDLY_FILTERS:
-            log.warning(
-                "This threshold accepts %.0f %% of the bad validation particles: it hardly "
-                "filters. The model has learnt too little, or %d good validation particles are too "
-                "few for %s; try more labels, or score with --threshold recall=0.9 or keep=0.6.",
-                100 * bad_accepted, labels.sum(), request,
-            )  # fmt: skip
-        estimates = {"recall": found.sensitivity, "precision": found.precision, "auc": found.auc}
-        provenance = {
-            **self._provenance(),
-            "settings": asdict(trainer.settings),
-            "best_epoch": best,
-            ESTIMATE: {
-                name: [None if np.isnan(value) else value for value in interval]
-                for name, interval in estimates.items()
-            },
-            CURVE: curve.to_dict(),
-        }
-        return Model(network, self.start.preprocess, threshold, temperature, provenance)
-
-    def _provenance(self) -> dict[str, Any]:
-        """Return what the model file says of the data and the options."""
-        labelled, split, options = self.labelled, self.split, self.options
-        particles, boxes = labelled.particles, self.loaded.boxes_px
-        sizes = {group.pixel_size_angstrom for group in particles.optics}
-        return {
-            "seen": seen_units(particles.take(np.concatenate([split.train, split.validation]))),
-            "source": particles.source,
-            "labels": list(labelled.notes),
-            "n_good": int(labelled.labels.sum()),
-            "n_bad": int((~labelled.labels).sum()),
-            "split": {
-                "unit": split.unit,
-                "train_fraction": options.split,
-                "seed": options.seed,
-                **{name: len(part) for name, part in split.parts.items()},
-            },
-            "fine_tuned_from": self.start.origin or None,
-            "pixel_sizes_angstrom": sorted(size for size in sizes if size),
-            "boxes_px": np.unique(boxes[boxes > 0]).tolist(),
-            "threshold_request": str(options.threshold),
-            "versions": versions(),
-        }
-
-
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Return the temperature that makes sigmoid(logit / temperature) most likely.
-
-    Guo et al., "On calibration of modern neural networks", ICML 2017. Searched from 0.2 to 5, so
-    that a small or perfectly separated validation set does not drive it to an extreme.
-    """
-    signed = np.where(labels, logits, -logits)[:, None]
-    losses = np.logaddexp(0, -signed / TEMPERATURES).mean(axis=0)
-    return float(TEMPERATURES[int(losses.argmin())])
-
-
-def calibrated(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """Return sigmoid(logit / temperature), (n,), with the six decimals of a STAR file."""
-    return np.asarray(np.round(1 / (1 + np.exp(-logits / temperature)), 6))

@@ -6,7 +6,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from relion_cryofilter.files import find_project
 from relion_cryofilter.particles.cryosparc import CS_SUFFIXES
 from relion_cryofilter.particles.particles import (
     ParticleSet,
+    Table,
     concatenate,
     particles_of_stacks,
     read_particles,
@@ -30,6 +31,30 @@ _REFERENCE, _SELECTED = "rlnReferenceImage", "rlnSelected"
 log = logging.getLogger("relion_cryofilter")
 
 
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """The classification that labels come from.
+
+    Attributes
+    ----------
+    table, rows
+        Its table of particles, and (n,) the row of each labelled particle in it.
+    classes
+        (n,) class numbers.
+    count
+        How many rows the table has.
+    """
+
+    table: Table
+    rows: np.ndarray
+    classes: np.ndarray
+    count: int
+
+    def take(self, rows: np.ndarray) -> Origin:
+        """Return the part in `rows`."""
+        return replace(self, rows=self.rows[rows], classes=self.classes[rows])
+
+
 @dataclass(frozen=True)
 class LabelledSet:
     """Particles of known kind.
@@ -42,11 +67,14 @@ class LabelledSet:
         (n,) bool, True for good particles.
     notes
         What was left out and why, with counts; for the log.
+    origin
+        The classification that labels come from; None where they come from files.
     """
 
     particles: ParticleSet
     labels: np.ndarray
     notes: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,7 +82,8 @@ class LabelledSet:
     def take(self, rows: np.ndarray, note: str = "") -> LabelledSet:
         """Return the part of this set in `rows`, with one more note."""
         notes = (*self.notes, note) if note else self.notes
-        return LabelledSet(self.particles.take(rows), self.labels[rows], notes)
+        origin = self.origin.take(rows) if self.origin else None
+        return LabelledSet(self.particles.take(rows), self.labels[rows], notes, origin)
 
     def good(self) -> ParticleSet:
         """Return the particles to keep."""
@@ -166,7 +195,10 @@ def labels_of_select_job(particles_star: Path) -> LabelledSet:
                 f"{backup} names other classes ({_listed(sorted(classes_there))}); "
                 "class_averages.star counts."
             )
-    return _checked(particles, labels, notes)
+    everyone = np.arange(len(particles))
+    return _checked(
+        particles, labels, notes, Origin(particles.table, everyone, classes, len(classes))
+    )
 
 
 def labels_of_classes(
@@ -193,7 +225,8 @@ def labels_of_classes(
     if not named.all():
         notes.append(f"{(~named).sum():,} particles of classes that are not named are left out.")
     rows = np.flatnonzero(named)
-    return _checked(particles.take(rows), labels[rows], notes)
+    origin = Origin(particles.table, rows, classes[rows], len(classes))
+    return _checked(particles.take(rows), labels[rows], notes, origin)
 
 
 def labelled_particles(
@@ -205,7 +238,12 @@ def labelled_particles(
     return _checked(particles, labels, [note])
 
 
-def _checked(particles: ParticleSet, labels: np.ndarray, notes: Sequence[str]) -> LabelledSet:
+def _checked(
+    particles: ParticleSet,
+    labels: np.ndarray,
+    notes: Sequence[str],
+    origin: Origin | None = None,
+) -> LabelledSet:
     """Return each particle once, those named as both kinds left out; refuse one kind only."""
     key = np.stack([particles.stack_of.astype(np.int64), particles.index])
     _, first, image_of = np.unique(key, axis=1, return_index=True, return_inverse=True)
@@ -225,7 +263,8 @@ def _checked(particles: ParticleSet, labels: np.ndarray, notes: Sequence[str]) -
                 f"No {kind} particles are left. {' '.join(notes)} Both kinds are needed: choose "
                 "the classes or files so that some particles are good and some are bad."
             )
-    return LabelledSet(particles.take(rows), labels, tuple(notes))
+    origin = origin.take(rows) if origin else None
+    return LabelledSet(particles.take(rows), labels, tuple(notes), origin)
 
 
 def _classified_particles(folder: Path, particles_star: Path) -> Path:

@@ -13,6 +13,7 @@ from relion_cryofilter.particles.particles import ParticleSet
 from relion_cryofilter.progress import counted
 
 ATTEMPTS = 200  # random splits, of which the most even one is taken
+FOLDS = 5  # fewer where there are fewer micrographs
 FEWEST_STACKS = 10  # so many, without micrograph names, are taken for one stack a micrograph
 
 
@@ -47,7 +48,8 @@ class Split:
 
         The first is this one. The others are folds of the training and validation rows, by cluster
         (if this split is not by particle), with both labels (n,) in each (scikit-learn's
-        StratifiedGroupKFold); a CryoFilterError if too few clusters have both for so many.
+        StratifiedGroupKFold), and none is this one again; a CryoFilterError if too few clusters
+        have both for so many.
         """
         if count == 1:
             return [self]
@@ -62,8 +64,8 @@ class Split:
 
             folds = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
             for train, validation in folds.split(rows, labels[rows], groups):
-                same = np.array_equal(rows[validation], self.validation)
-                if len(set(labels[rows[validation]].tolist())) == 2 and not same:
+                again = np.array_equal(rows[validation], self.validation)
+                if len(set(labels[rows[validation]].tolist())) == 2 and not again:
                     found.append(replace(self, train=rows[train], validation=rows[validation]))
         if len(found) < count - 1:
             raise CryoFilterError(
@@ -76,6 +78,97 @@ class Split:
     def parts(self) -> dict[str, np.ndarray]:
         """The three parts by name."""
         return {"training": self.train, "validation": self.validation, "test": self.test}
+
+
+@dataclass(frozen=True)
+class Folds:
+    """Rows in parts, each of which is scored by a model that was trained on the others.
+
+    Attributes
+    ----------
+    held
+        Row numbers of each fold, ascending.
+    unit
+        What is never in two folds: ``micrograph``, ``stack`` or ``particle``.
+    clusters, cluster_unit
+        (n,) for each row, what it has neighbours in (see `clusters_of`), and what that is.
+    """
+
+    held: tuple[np.ndarray, ...]
+    unit: str
+    clusters: np.ndarray
+    cluster_unit: str
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(m,) the rows of all folds, ascending."""
+        return np.sort(np.concatenate(self.held))
+
+    @property
+    def fold_of(self) -> np.ndarray:
+        """(m,) for each of `rows`, the number of its fold, from 0."""
+        rows = self.rows
+        found = np.empty(len(rows), np.int64)
+        for number, part in enumerate(self.held):
+            found[np.searchsorted(rows, part)] = number
+        return found
+
+    @property
+    def parts(self) -> dict[str, np.ndarray]:
+        """The folds by name."""
+        return {f"fold {number}": part for number, part in enumerate(self.held, 1)}
+
+    def others(self, number: int) -> np.ndarray:
+        """Return the rows that are not in fold `number`, from 0, ascending."""
+        return np.sort(np.concatenate([*self.held[:number], *self.held[number + 1 :]]))
+
+
+def folds_by_micrograph(
+    particles: ParticleSet,
+    labels: np.ndarray,
+    seed: int,
+    bad: Sequence[int] | np.ndarray = (),
+    count: int = FOLDS,
+) -> Folds:
+    """Part particles into folds so that no micrograph is in two and each has both labels.
+
+    At most `count`, fewer where fewer micrographs hold the rarer kind (scikit-learn's
+    StratifiedGroupKFold). Where two can't be made, folds are by stack, and where these can't be
+    either, by particle; a CryoFilterError if there are fewer than two of a kind. `labels` are (n,)
+    bool; the rows in `bad` are left out. The same particles, in any order, give the same folds.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold  # slow to import
+
+    usable = ~np.isin(np.arange(len(labels)), bad)
+    kinds = {"positive": labels & usable, "negative": ~labels & usable}
+    for kind, mask in kinds.items():
+        if (number := mask.sum()) < 2:
+            raise CryoFilterError(
+                f"Only {counted(int(number), f'{kind} particle')}; a model is trained on some and "
+                "measured on others, so at least two are needed. Label more."
+            )
+    clusters, cluster_unit = clusters_of(particles)
+    stacks = by_name(particles.stack_of, particles.stack_names)
+    units = {"stack": stacks, "particle": np.lexsort((particles.index, stacks)).argsort()}
+    if particles.has_micrographs:
+        by_micrograph = by_name(particles.micrograph_of, particles.micrographs)
+        units = {"micrograph": by_micrograph, **units}
+    for unit, groups in units.items():
+        order = np.lexsort((particles.index, stacks, groups))
+        order = order[usable[order]]
+        most = min(len(np.unique(groups[mask])) for mask in kinds.values())
+        for number in range(min(count, most), 1, -1):
+            if unit == "particle":
+                by = StratifiedKFold(number, shuffle=True, random_state=seed)
+                parts = by.split(order, labels[order])
+            else:
+                by = StratifiedGroupKFold(number, shuffle=True, random_state=seed)
+                parts = by.split(order, labels[order], groups[order])
+            found = [held for _, held in parts]
+            held = tuple(np.sort(order[part]) for part in found)
+            if all(len(set(labels[part].tolist())) == 2 for part in held):
+                return Folds(held, unit, clusters, cluster_unit)
+    raise AssertionError("two of each kind make two folds by particle")
 
 
 def split_by_micrograph(

@@ -107,7 +107,7 @@ def history_charts(history: Epochs, kept: int) -> list[Chart]:
     """Return loss, accuracy and AUC; `kept` is the epoch whose weights are, 0 for the start's."""
     note = "The dashed line is the epoch whose weights are kept."
     if not kept:
-        note = "No epoch did better on the validation part: the weights of the start are kept."
+        note = "No epoch did better than the start did before: the weights of the start are kept."
     return [HISTORY.of(history, kept, note=note)]
 
 
@@ -309,10 +309,12 @@ def _draw_history(axes: Axes, history: Epochs, kept: int) -> None:
         (rates, "val_auc", "validation AUC", GREEN),
     ):
         values = [float(row[column]) for row in history]
+        if np.isnan(values).all():  # no part was held back to be validated on
+            continue
         marker = "o" if len(epochs) == 1 else ""
         panel.plot(epochs, values, color=colour, label=label, marker=marker)
-    if kept:
-        auc = float(history[epochs.index(kept)]["val_auc"])
+    auc = float(history[epochs.index(kept)]["val_auc"]) if kept else np.nan
+    if not np.isnan(auc):
         losses.set(title=f"Best epoch {kept}: validation AUC {auc:.3f}")
     for panel in (losses, rates):
         if kept:

@@ -22,6 +22,7 @@ from relion_cryofilter.files import (
     PREDICTIONS,
     REJECTED,
     SCORE_LABEL,
+    SUSPICIOUS,
     numbered,
     write_text,
 )
@@ -32,6 +33,7 @@ from relion_cryofilter.results.summaries import histogram_of
 
 if TYPE_CHECKING:
     from relion_cryofilter.nn.measurement import Measured
+    from relion_cryofilter.nn.suspects import Suspects
     from relion_cryofilter.nn.trainer import Epoch
 
 FEATURE_SAMPLE = 20_000  # particles whose features are kept for the report's map of features
@@ -114,6 +116,51 @@ def write_measured(folder: Path, measured: Measured, figures: Mapping[str, Any])
     charts = evaluation_charts(curves(labels, chosen.values), measured.evaluation)
     for chart in [*charts, SCORE_HISTOGRAM.of(histogram)]:
         chart.save(folder)
+
+
+def write_suspects(folder: Path, measured: Measured, suspects: Suspects) -> dict[str, str]:
+    """Write and log the particles whose labels scores contradict, and the classes of the labels.
+
+    Their rows as they are in the table that labels come from, with the scores as one more column;
+    image and micrograph names where labels come from several files. Returns what the file holds,
+    for `log_files`; nothing where no label is contradicted.
+    """
+    labelled, scores, rows = measured.labelled, measured.chosen.values, suspects.rows
+    if suspects.classes:
+        log.info("Classes, by out-of-fold scores:\n%s", "\n".join(suspects.table()))
+        wrong = [str(item.number) for item in suspects.classes if item.mislabelled]
+        if wrong:
+            log.warning(
+                "Classes that look mislabelled: %s. Look at them before you rely on the model.",
+                ", ".join(wrong),
+            )  # fmt: skip
+    origin, path = labelled.origin, folder / SUSPICIOUS
+    if origin is not None:
+        path = path.with_suffix(origin.table.suffix)
+        origin.table.remove(path)
+    path.unlink(missing_ok=True)
+    if not len(rows):
+        return {}
+    if origin is not None:
+        n = origin.count
+        mask, values = np.zeros(n, bool), np.zeros(n)
+        mask[origin.rows[rows]], values[origin.rows] = True, scores
+        origin.table.write({path: mask}, values)
+    else:
+        particles = labelled.particles
+        lines = [
+            f"{particles.image_name(row)} {particles.micrographs[particles.micrograph_of[row]]} "
+            f"{scores[row]:.6f}"
+            for row in rows.tolist()
+        ]
+        names = ("rlnImageName", "rlnMicrographName", SCORE_LABEL)
+        head = "".join(f"_{name} #{number}\n" for number, name in enumerate(names, 1))
+        write_text(path, f"\ndata_\n\nloop_\n{head}" + "\n".join(lines) + "\n\n")
+    good = int(labelled.labels[rows].sum())
+    return {
+        path.name: f"the {good:,} good and {len(rows) - good:,} bad labels that scores contradict "
+        "most"
+    }
 
 
 def write_history(folder: Path, number: int, history: Sequence[Epoch]) -> None:

@@ -108,18 +108,25 @@ def _score_notes(options: ScoreOptions, particles: ParticleSet, chosen: Chosen) 
 
 
 def train_report(options: TrainOptions, trained: Trained) -> Report:
-    """Collect the report of `train`: what the test part, unseen in training, says."""
-    measured = trained.measured
+    """Collect the report of `train`: what particles that were unseen in training say."""
+    measured, noise, suspects = trained.measured, trained.label_noise, trained.suspects
+    said = [noise.describe()] if noise else []
+    if trained.behind:
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in trained.behind.items())
+        said.append(f"Of the particles behind the labels: {figures}.")
+    where = "the validation part" if suspects is None else "out-of-fold scores"
     history = [asdict(epoch) for epoch in trained.histories[0]]
     return _labelled_report(
         options,
         measured,
         title=f"Training, measured on {measured.part}",
         model=", ".join(trained.models.names),
-        reason=f"for {options.threshold}, from the validation part",
+        reason=f"for {options.threshold}, from {where}",
         own_charts=charts.history_charts(history, trained.kept_epochs[0]),
         sections=[
             ("Labels", [*measured.labelled.notes, trained.split]),
+            ("Wrong labels", said),
+            ("Classes", suspects.table() if suspects else []),
             ("Self-tests", list(map(str, trained.self_tests))),
         ],
     )
@@ -160,7 +167,9 @@ def _labelled_report(
         particles.micrographs, particles.micrograph_of, chosen.accepted
     )
     everyone = np.arange(len(labels))
-    pictures, galleries = pictures_of(particles, chosen, everyone, options.threads, labels)
+    pictures, galleries = pictures_of(
+        particles, chosen, everyone, options.threads, labels, measured.doubted
+    )
     mode = "train" if isinstance(options, TrainOptions) else "metrics"
     return Report(
         title=title,
@@ -255,10 +264,12 @@ def pictures_of(
     usable: NDArray[np.int64],
     threads: int,
     labels: NDArray[np.bool_] | None = None,
+    suspects: NDArray[np.int64] | None = None,
 ) -> tuple[Pictures, dict[str, list[int]]]:
     """Read pictures for galleries, and more at even ranks for the slider, of the rows `usable`.
 
-    With `labels`, (n,) True for good particles, errors come first. Returns the pictures, and by
+    With `labels`, (n,) True for good particles, errors come first, and before them `suspects`, rows
+    whose label is contradicted most. Returns the pictures, and by
     the title of each gallery the numbers of those in it.
     """
     # Which rows stand where.
@@ -273,6 +284,9 @@ def pictures_of(
             "False positives: labelled bad, accepted (highest scores)": false_positive[:GALLERY],
             "False negatives: labelled good, rejected (lowest scores)": false_negative[:GALLERY],
         }
+    if suspects is not None and len(suspects):
+        title = "Labels that scores contradict most (suspicious_labels.star)"
+        rows_of = {title: suspects[:GALLERY], **rows_of}
     rows_of |= {
         "Best scores": order[:GALLERY],
         "Worst scores": order[::-1][:GALLERY],
