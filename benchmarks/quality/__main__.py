@@ -14,6 +14,7 @@ import sys
 from itertools import zip_longest
 from pathlib import Path
 
+from classes import classified_sets
 from nulls import NULLS, do_null
 from runs import do, runs_of
 from sets import all_sets
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.md"))
     options = parser.parse_args()
     sets = list(all_sets(options.real, options.maps, options.work))
+    sets += classified_sets(options.maps, options.work)
     of_each = [[(data, run, options.work) for run in runs_of(data, options.seeds)] for data in sets]
     jobs = [
         job

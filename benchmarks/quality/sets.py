@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import mrcfile
 import numpy as np
 
-from relion_cryofilter.simulate import Field, simulate_images
+from relion_cryofilter.simulate import PARTICLE, Field, Molecule, simulate_images
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretraining"))
 
@@ -27,7 +28,9 @@ SIMULATED = {
 }
 """At 2 to 2.5 Å/px. Neither the maps nor the box, and no micrograph, are in the pre-training."""
 
-N_SIMULATED = 2520
+N_SIMULATED, N_FURTHER = 2520, 4200
+ALIKE, FLIPS = "alike", "flips"
+"""Kinds of wrong labels."""
 LOOK_ALIKE = ("aggregate", "broken", "off_centre")
 
 
@@ -47,6 +50,8 @@ class LabelledImages:
         (n,) bool, the truth.
     kinds
         (n,) ``particle`` or the kind of junk.
+    further
+        More images of simulated sets, of other micrographs: only to measure what thresholds do.
     """
 
     name: str
@@ -54,11 +59,17 @@ class LabelledImages:
     micrographs: np.ndarray
     good: np.ndarray
     kinds: np.ndarray
+    further: LabelledImages | None = None
 
     @property
     def simulated(self) -> bool:
         """Whether the kinds of junk are known."""
-        return self.name.startswith("sim")
+        return self.name.startswith(("sim", "classified"))
+
+    @property
+    def classified(self) -> bool:
+        """Whether RELION's classes of the images are known."""
+        return self.name.startswith("classified")
 
     def images(self, rows: np.ndarray) -> np.ndarray:
         """Return images (len(rows), box, box) float32."""
@@ -76,8 +87,11 @@ class LabelledImages:
             path.write_text(text)
         return paths
 
-    def noisy_labels(self, share: float, seed: int) -> np.ndarray:
-        """Return (n,) labels; see `wrong_labels`."""
+    def noisy_labels(self, share: float, seed: int, kind: str = ALIKE) -> np.ndarray:
+        """Return (n,) labels of which a share is wrong, any of them or those that look alike."""
+        if kind == FLIPS:
+            flipped = np.random.default_rng([seed, 78]).permutation(len(self.good))
+            return np.asarray(self.good ^ (flipped < round(share * len(self.good))))
         return wrong_labels(self.good, self.kinds, share, seed)
 
 
@@ -103,28 +117,46 @@ def all_sets(real: Path | None, maps: Path, work: Path) -> Iterator[LabelledImag
         micrographs = np.array([row["micrograph"] for row in rows])
         kinds = np.where(good, "particle", "junk")
         yield LabelledImages(name, real / f"{name}.mrcs", micrographs, good, kinds)  # type: ignore[operator]
-    for name, (molecule, snr, box, size, seed) in SIMULATED.items():
-        stem = work / "sets" / name.replace(" ", "_").replace(",", "")
-        stack, table = stem.with_name(stem.name + ".mrcs"), stem.with_name(stem.name + ".npz")
-        if not table.exists():
-            _simulate(maps / f"{molecule}.mrc", snr, box, size, seed, stack, table)
-        made = np.load(table)
-        names = np.array([f"{number:03d}.mrc" for number in made["micrographs"]])
-        yield LabelledImages(name, stack, names, made["kinds"] == "particle", made["kinds"])
+    for name, (molecule, *drawn, seed) in SIMULATED.items():
+        density = maps / f"{molecule}.mrc"
+        further = _simulated(f"{name} further", density, *drawn, seed + 1000, N_FURTHER, work)
+        data = _simulated(name, density, *drawn, seed, N_SIMULATED, work)
+        yield replace(data, further=further)
 
 
-def _simulate(
-    density: Path, snr: float, box: int, size: float, seed: int, stack: Path, table: Path
-) -> None:
+def _simulated(
+    name: str, density: Path, snr: float, box: int, size: float, seed: int, n: int, work: Path
+) -> LabelledImages:
+    """Return n simulated images, made once."""
+    stem = work / "sets" / name.replace(" ", "_").replace(",", "")
+    stack, table = stem.with_name(stem.name + ".mrcs"), stem.with_name(stem.name + ".npz")
+    if not table.exists():
+        molecule = map_molecule(density)
+        pixel_size = molecule.diameter_angstrom / (size * box)
+        # Noise falls with the scale and uneven ice does not: the same ice as at 64 px.
+        field = Field(slow_ice_rms=Field.slow_ice_rms * 64 / box)
+        made = simulate_images(
+            seed, n, box, snr, pixel_size_angstrom=pixel_size, molecules=[molecule], field=field
+        )
+        write_set(stack, table, made.images, kinds=made.kinds, micrographs=made.micrographs)
+    return read_set(name, stack)
+
+
+def read_set(name: str, stack: Path) -> LabelledImages:
+    """Return what `write_set` wrote."""
+    made = np.load(stack.with_suffix(".npz"))
+    names = np.array([f"{number:03d}.mrc" for number in made["micrographs"]])
+    return LabelledImages(name, stack, names, made["kinds"] == PARTICLE, made["kinds"])
+
+
+def map_molecule(density: Path) -> Molecule:
+    """Return the molecule of a map."""
     with mrcfile.open(density, permissive=True) as file:
-        molecule = molecule_of_map(file.data, float(file.voxel_size.x) or 3.0)
-    pixel_size = molecule.diameter_angstrom / (size * box)
-    # Noise falls with the scale and uneven ice does not: the same ice as at 64 px.
-    field = Field(slow_ice_rms=Field.slow_ice_rms * 64 / box)
-    made = simulate_images(
-        seed, N_SIMULATED, box, snr, pixel_size_angstrom=pixel_size, molecules=[molecule],
-        field=field,
-    )  # fmt: skip
+        return molecule_of_map(file.data, float(file.voxel_size.x) or 3.0)
+
+
+def write_set(stack: Path, table: Path, images: np.ndarray, **facts: Any) -> None:
+    """Write images (n, box, box), and then what is known of them."""
     stack.parent.mkdir(parents=True, exist_ok=True)
-    mrcfile.write(stack, made.images, overwrite=True)
-    np.savez(table, kinds=made.kinds, micrographs=made.micrographs)
+    mrcfile.write(stack, images, overwrite=True)
+    np.savez(table, **facts)

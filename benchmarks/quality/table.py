@@ -10,19 +10,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from classes import class_labels
 from linear import LINEAR
 from nulls import NULLS
-from runs import FINE_TUNED, LABELS, NO_LABELS, ROBERTS, SCRATCH, STRAIGHT, Run
+from runs import (
+    CLASSES,
+    FINE_TUNED,
+    LABELS,
+    MISTAKE,
+    NO_LABELS,
+    PRECISION,
+    ROBERTS,
+    SCRATCH,
+    STRAIGHT,
+    THREE_PARTS,
+    Run,
+)  # fmt: skip
 from runs import LABEL_NOISE as USUAL_NOISE
-from sets import LabelledImages
+from sets import ALIKE, FLIPS, LabelledImages
 
 import relion_cryofilter
 from relion_cryofilter.evaluation import evaluate, expanded_tail
 from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
 
-MODELS = (ROBERTS, STRAIGHT, *LINEAR, SCRATCH, FINE_TUNED)
+MODELS = (ROBERTS, STRAIGHT, *LINEAR, SCRATCH, THREE_PARTS, FINE_TUNED)
 DRAWS = 1000
-RECALL, RECALL_TOLERANCE = 0.95, 0.02
+RECALL = 0.95
 
 Floats = np.ndarray
 
@@ -41,12 +54,14 @@ class Results:
         self.draws = np.concatenate([np.ones((n, 1), int), draws], axis=1)
         self.tail = expanded_tail(n)
 
-    def runs(self, model: str, labels: int | None, noise: float | None = None) -> list[Path]:
+    def runs(
+        self, model: str, labels: int | None, noise: float | None = None, errors: str = ALIKE
+    ) -> list[Path]:
         """Return the result files of all seeds, [] unless all are there."""
         usual = 0.0 if model == NO_LABELS else self.noise
         share = usual if noise is None else noise
         paths = [
-            self.folder / f"{Run(model, labels, seed, share).stem}.json"
+            self.folder / f"{Run(model, labels, seed, share, errors).stem}.json"
             for seed in range(self.seeds)
         ]
         return paths if all(path.exists() for path in paths) else []
@@ -73,6 +88,13 @@ class Results:
         """Return rows and scores of the test part of a run."""
         kept = np.load(path.with_suffix(".npz"))
         return kept["rows"], kept["scores"]
+
+    def unseen(self, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        """Return truth and scores of images of other micrographs: the further ones, if any."""
+        kept = np.load(path.with_suffix(".npz"))
+        if self.data.further is not None and len(kept["further"]):
+            return self.data.further.good, kept["further"]
+        return self.data.good[kept["rows"]], kept["scores"]
 
     def mean(self, paths: Sequence[Path], measure: Callable[[Path], float]) -> float:
         """Return the mean of a measure over runs."""
@@ -112,6 +134,7 @@ def _weighted_auc(good: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> 
 def report(sets: Sequence[LabelledImages], work: Path, seeds: int) -> str:
     """Return the results file."""
     results = [Results(data, work, seeds) for data in sets]
+    tried = [result for result in results if not result.data.classified]
     model = load_model(BUNDLED_MODEL)
     parts = [
         "# Quality of the default model",
@@ -127,13 +150,23 @@ def report(sets: Sequence[LabelledImages], work: Path, seeds: int) -> str:
         "particles. Values are means over the seeds, intervals 95 % from a bootstrap over "
         "micrographs. The 2020 networks have their 2020 preprocessing and are scored with "
         "eight-fold TTA; the default is not, since its score is the same for all eight views.",
-        "## AUC", _auc_table(results),
-        "## The bars", _bars(results),
-        "## Nulls", _nulls(results),
-        "## FPR at 95 % recall, all labels", _all_labels(results, "fpr_at_95_recall"),
-        "## Calibration error (ECE), all labels", _all_labels(results, "ece"),
-        "## AUC by kind of junk, all labels", _kinds(results),
-        "## CPU seconds of a training", _seconds(results),
+        "## AUC", _auc_table(tried),
+        "## The bars", _bars(tried),
+        "## What was asked and what was got",
+        "The default model, on 4,200 images of other micrographs, or 4,032 for sets with classes. "
+        "Recall 0.95 is what its threshold asks; the threshold for precision 0.9 is of the same "
+        "model. ECE is against the truth.", _thresholds(results),
+        "## Labels from RELION's classes",
+        "4,032 picks, 8 % of them of a second molecule, classified at 48 px by RELION 3.1.3 (16 "
+        "classes, 14 iterations). Classes with more good particles than others are kept; \"with a "
+        "mistake\", also the one with most of the second molecule. Pairs are precision, recall. "
+        "The filter is trained on all of these labels, and scores are out of fold.",
+        _classes(results),
+        "## Nulls", _nulls(tried),
+        "## FPR at 95 % recall, all labels", _all_labels(tried, "fpr_at_95_recall"),
+        "## Calibration error (ECE), all labels", _all_labels(tried, "ece"),
+        "## AUC by kind of junk, all labels", _kinds(tried),
+        "## CPU seconds of a training", _seconds(tried),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -199,37 +232,131 @@ def _seconds(results: Sequence[Results]) -> str:
 def _bars(results: Sequence[Results]) -> str:
     lines = []
     for result in results:
-        old, new, few = (
-            result.runs(model, labels)
-            for model, labels in ((ROBERTS, None), (FINE_TUNED, None), (FINE_TUNED, 300))
-        )
-        if not (old and new and few):
-            continue
+        old, new, parts = (result.runs(model, None) for model in (ROBERTS, FINE_TUNED, THREE_PARTS))
+        few, few_parts = (result.runs(model, 300) for model in (FINE_TUNED, THREE_PARTS))
         name = result.data.name
-        old_auc, new_auc, few_auc = (result.auc_draws(paths) for paths in (old, new, few))
-        ratio = result.interval((1 - new_auc) / np.maximum(1 - old_auc, 1e-9))
-        wanted = "0.6 or less" if result.data.simulated else "no worse"
-        lines.append([f"{name}: error / error of 2020 roberts, all labels", _spread(ratio), wanted])
-        more = result.interval(few_auc - old_auc)
-        lines.append(
-            [f"{name}: AUC with 300 labels - AUC of 2020 roberts with all", _spread(more),
-             "not below 0"]
-        )  # fmt: skip
-        time = result.mean(few, result.fact("seconds")) / result.mean(old, result.fact("seconds"))
-        lines.append([f"{name}: time of the two", f"{time:.2f}", "0.2 or less"])
+        if old and new:
+            old_auc, new_auc = result.auc_draws(old), result.auc_draws(new)
+            ratio = result.interval((1 - new_auc) / np.maximum(1 - old_auc, 1e-9))
+            what = f"{name}: error / error of 2020 roberts, all labels"
+            lines.append([what, _spread(ratio), "0.6 on four, 0.8 or less"])
+        if old and few:
+            more = result.interval(result.auc_draws(few) - result.auc_draws(old))
+            what = f"{name}: AUC with 300 labels - AUC of 2020 roberts with all"
+            lines.append([what, _spread(more), "not below 0"])
+        for paths, before, which in ((new, parts, "all"), (few, few_parts, "300")):
+            if paths and before:
+                more = result.interval(result.auc_draws(paths) - result.auc_draws(before))
+                what = f"{name}: AUC - AUC of the recipe before, {which} labels"
+                lines.append([what, _spread(more), "interval not below 0"])
         clean, worse = result.runs(FINE_TUNED, None, 0.0), result.runs(FINE_TUNED, None, 0.3)
-        if result.data.simulated and clean and worse:
+        if result.data.simulated and clean and new and worse:
             best = result.auc_draws(clean)
-            for share, auc, bar in (
-                ("10 %", new_auc, 0.010),
-                ("30 %", result.auc_draws(worse), 0.025),
-            ):
-                cost = result.interval(best - auc)
-                lines.append(
-                    [f"{name}: AUC lost to {share} wrong labels", _spread(cost), f"{bar} or less"]
-                )
+            for share, paths, bar in (("10 %", new, 0.010), ("30 %", worse, 0.025)):
+                cost = result.interval(best - result.auc_draws(paths))
+                what = f"{name}: AUC lost to {share} wrong labels"
+                lines.append([what, _spread(cost), f"{bar} or less"])
     lines += _overall(results)
     return _table(["what", "found", "wanted"], lines)
+
+
+def _thresholds(results: Sequence[Results]) -> str:
+    """Return what asking for a recall and for a precision gave on images of other micrographs."""
+    kinds = (
+        ("correct", None, 0.0, ALIKE),
+        ("a tenth wrong, look-alikes", None, None, ALIKE),
+        ("a tenth wrong, any", None, None, FLIPS),
+        ("RELION's classes", None, None, CLASSES),
+        ("the same, a class kept by mistake", None, None, MISTAKE),
+        ("300, a tenth wrong, look-alikes", 300, None, ALIKE),
+    )
+    lines = []
+    for what, labels, noise, errors in kinds:
+        recalls, precisions, eces, asked = [], [], [], 0
+        for result in results:
+            if not result.data.simulated:
+                continue
+            for path in result.runs(FINE_TUNED, labels, noise, errors):
+                facts, (good, scores) = json.loads(path.read_text()), result.unseen(path)
+                recalls.append((scores[good] >= facts["threshold"]).mean() - RECALL)
+                eces.append(_ece(good, scores))
+                asked += 1
+                accepted = scores >= facts.get("precise", np.inf)
+                if accepted.any():
+                    precisions.append(good[accepted].mean() - PRECISION)
+        if asked:
+            cells = [what, str(asked), *_met(recalls), f"{np.median(eces):.3f}"]
+            lines.append([*cells, f"{asked - len(precisions)}", *_met(precisions)])
+    head = ["labels", "runs", "recall .95: within 2 points", "within 4", "mean error, points",
+            "ECE, median", "precision .9: not to be had", "within 2 points", "within 4",
+            "mean error, points"]  # fmt: skip
+    return _table(head, lines)
+
+
+def _met(errors: Sequence[float]) -> list[str]:
+    """Return how many errors are within 2 and 4 points, and their mean and spread."""
+    if not errors:
+        return ["–", "–", "–"]
+    values = 100 * np.array(errors)
+    within = [f"{(np.abs(values) <= points).sum()}" for points in (2, 4)]
+    return [*within, f"{values.mean():+.1f} ± {values.std():.1f}"]
+
+
+def _ece(good: np.ndarray, scores: np.ndarray) -> float:
+    """Return the expected calibration error in 15 bins."""
+    of = np.minimum((scores * 15).astype(int), 14)
+    gaps = [abs(good[of == k].mean() - scores[of == k].mean()) * (of == k).mean()
+            for k in range(15) if (of == k).any()]  # fmt: skip
+    return float(np.sum(gaps))
+
+
+def _classes(results: Sequence[Results]) -> str:
+    """Return what RELION's classes select, what the filter that learnt from them selects, both."""
+    lines = []
+    for result in results:
+        for errors in (CLASSES, MISTAKE) if result.data.classified else ():
+            paths = result.runs(FINE_TUNED, None, errors=errors)
+            if not paths:
+                continue
+            data, selected = result.data, class_labels(result.data, errors == MISTAKE)
+            same, both, asked = [], [], []
+            for path in paths:
+                scores = result.scores(path)[1]
+                facts = json.loads(path.read_text())
+                of_good = np.sort(scores[data.good])[::-1]
+                cut = of_good[max(0, round(selected[data.good].sum()) - 1)]
+                same.append(_selected(data.good, scores >= cut))
+                both.append(_selected(data.good, selected & (scores >= facts["threshold"])))
+                good, further = result.unseen(path)
+                asked.append(_selected(good, further >= facts["threshold"]))
+            chosen = _selected(data.good, selected)
+            wrong = (selected != data.good).mean()
+            kinds = sorted(set(data.kinds) - {"particle"})
+            aucs = ", ".join(f"{k} {result.auc_draws(paths, k)[0]:.3f}" for k in kinds)
+            class_auc = _weighted_auc(
+                data.good, selected.astype(float), np.ones((len(selected), 1))
+            )[0]
+            alone = result.runs(NO_LABELS, 0)
+            bundled = f"{result.auc_draws(alone)[0]:.3f}" if alone else "–"
+            what = "with a mistake" if errors == MISTAKE else "majority good"
+            lines.append(
+                [f"{data.name}, {what}", f"{wrong:.1%}", _two(chosen), _two(np.mean(same, 0)),
+                 _two(np.mean(both, 0)), _two(np.mean(asked, 0)),
+                 f"{class_auc:.3f} / {bundled} / {result.auc_draws(paths)[0]:.3f}", aucs]
+            )  # fmt: skip
+    head = ["set, classes kept", "wrong labels", "class selection", "filter at its recall",
+            "both at recall=.95", "filter at recall=.95, other micrographs",
+            "AUC: class / bundled / filter", "AUC of the filter by kind of junk"]  # fmt: skip
+    return _table(head, lines)
+
+
+def _selected(good: np.ndarray, accepted: np.ndarray) -> tuple[float, float]:
+    """Return precision and recall."""
+    return float(good[accepted].mean()), float(accepted[good].mean())
+
+
+def _two(values: Sequence[float] | np.ndarray) -> str:
+    return f"{values[0]:.3f}, {values[1]:.3f}"
 
 
 def _nulls(results: Sequence[Results]) -> str:
@@ -259,28 +386,14 @@ def _overall(results: Sequence[Results]) -> list[list[str]]:
             lines.append(
                 [f"no labels: mean AUC of the {what} sets", f"{np.mean(aucs):.3f}", f"{wanted}"]
             )
-    runs = [
-        (result, path)
-        for result in results
-        for labels, noise in ((None, 0.0), (1000, None))
-        for path in result.runs(FINE_TUNED, labels, noise)
-        if noise is not None or not result.data.simulated
-    ]
-    if not runs:
-        return lines
-    eces = [result.metric("ece")(path) for result, path in runs]
-    recalls = np.array([result.metric("sensitivity")(path) for result, path in runs])
-    met = (np.abs(recalls - RECALL) <= RECALL_TOLERANCE).sum()
     noise = [json.loads(p.read_text())["noise_accepted"] for r in results
              for labels in LABELS for p in r.runs(FINE_TUNED, labels)]  # fmt: skip
+    if not noise:
+        return lines
     return [
         *lines,
-        ["ECE of the default, correct labels: median, worst",
-         f"{np.median(eces):.3f}, {max(eces):.3f}", "0.03 or less"],
-        [f"runs that keep recall {RECALL} within {RECALL_TOLERANCE:.0%} on the test micrographs",
-         f"{met} of {len(runs)}", "18 of 20"],
-        ["pure noise accepted by the default: worst of "
-         f"{len(noise)} runs", f"{max(noise):.1%}", "1 % or less"],
+        ["white noise accepted by the default: median, worst of "
+         f"{len(noise)} runs", f"{np.median(noise):.1%}, {max(noise):.1%}", "1 % or less"],
     ]  # fmt: skip
 
 
