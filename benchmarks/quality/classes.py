@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import io
 import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import mrcfile
 import numpy as np
@@ -59,8 +59,10 @@ def classified_sets(maps: Path, work: Path) -> list[LabelledImages]:
 
 def class_numbers(data: LabelledImages) -> np.ndarray:
     """Return (n,) the class of each image of a set, 1 to 16."""
-    with gzip.open(_kept(data.name), "rt") as file:
-        table = starfile.read(io.StringIO(file.read()))["particles"]
+    with gzip.open(_kept(data.name)) as file, NamedTemporaryFile(suffix=".star") as star:
+        shutil.copyfileobj(file, star)
+        star.flush()
+        table = starfile.read(star.name)["particles"]
     order = table["rlnImageName"].str.partition("@")[0].astype(int).to_numpy() - 1
     classes = np.zeros(len(data.good), np.int64)
     classes[order] = table["rlnClassNumber"]
