@@ -196,7 +196,7 @@ def test_many_labels_cost_a_budget_of_steps():
 
 def test_few_labels_or_micrographs_get_one_careful_recipe_and_many_a_choice():
     plain = TrainOptions()
-    assert [(r.name, r.way) for r in candidates(plain, 300, 30, 0.8)] == [("strong", 0.5)]
+    assert [(r.name, r.way) for r in candidates(plain, 300, 30, 0.8)] == [("strong", 0.8)]
     assert [(r.name, r.way) for r in candidates(plain, 3_000, 4, 0.8)] == [("strong", 0.5)]
     assert candidates(plain, 3_000, 30, 0.8) == [GENTLE, STRONG]
     assert [r.way for r in candidates(plain, 3_000, 30, 0.3)] == [0.5, 0.5]
@@ -205,8 +205,9 @@ def test_few_labels_or_micrographs_get_one_careful_recipe_and_many_a_choice():
     (asked,) = candidates(TrainOptions(epochs=7, batch_size=9, augmentation=False), 3_000, 30, 0.8)
     assert (asked.epochs, asked.batch_size, asked.capped) == (7, 9, False)
     assert (asked.learning_rate, asked.augmentation) == (1e-3, False)
-    (asked,) = candidates(TrainOptions(learning_rate=0.1), 300, 30, 0.8)
-    assert (asked.learning_rate, asked.way) == (0.1, 0.5)
+    for micrographs, way in ((30, 1.0), (4, 0.5)):
+        (asked,) = candidates(TrainOptions(learning_rate=0.1), 300, micrographs, 0.8)
+        assert (asked.learning_rate, asked.way) == (0.1, way)
 
 
 def test_ties_go_to_the_gentler_recipe_and_better_ones_win():

@@ -10,6 +10,7 @@ a stopped benchmark goes on. --maps holds the densities of the simulated sets (1
 import argparse
 import multiprocessing
 import os
+import re
 import sys
 from itertools import zip_longest
 from pathlib import Path
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--j", type=int, default=os.cpu_count())
-    parser.add_argument("--only", help="Only the models whose names hold this; null: the nulls.")
+    parser.add_argument("--only", help="Only models whose names this regular expression finds; null: the nulls.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.md"))
     options = parser.parse_args()
     sets = list(all_sets(options.real, options.maps, options.work))
@@ -39,7 +40,7 @@ def main() -> None:
         job
         for round_of_jobs in zip_longest(*of_each)
         for job in round_of_jobs
-        if job and (not options.only or options.only in job[1].model)
+        if job and (not options.only or re.search(options.only, job[1].model))
     ]
     with multiprocessing.get_context("spawn").Pool(options.j) as pool:
         nulls = [
