@@ -77,7 +77,7 @@ class Progress:
         if self._abort_requested():
             raise Aborted(f"Stopped on request after {self.done:,} of {self.total:,} {self.what}.")
         now = time.monotonic()
-        if now >= self._next:
+        if now >= self._next and self.done > self._before:
             self._silence = min(1.5 * self._silence, _MOST_SILENCE_S)
             self._next = now + self._silence
             left = (self.total - self.done) / max(self.rate, 1e-9)

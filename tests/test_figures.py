@@ -105,6 +105,13 @@ def test_the_history_says_that_no_epoch_helped():
     assert "weights of the start are kept" in chart.note
 
 
+def test_the_history_of_a_training_on_all_labels_has_no_best_epoch():
+    nothing = {"val_loss": np.nan, "val_acc": np.nan, "val_auc": np.nan}
+    (chart,) = charts.history_charts([{**line, **nothing} for line in made_history(4)], 4)
+    assert "The training on all labels" in texts_of(chart)
+    assert not [text for text in texts_of(chart) if "validation" in text or "did better" in text]
+
+
 def test_a_drawing_that_fails_leaves_the_old_picture(tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(b"old")
 

@@ -27,6 +27,14 @@ def test_what_earlier_runs_did_counts_as_done_but_not_for_the_rate(clock, caplog
     assert caplog.messages == ["500 of 1,000 particles (50 %), 10/s, 50 s left"]
 
 
+def test_no_time_is_foretold_before_anything_is_done(clock, caplog):
+    caplog.set_level(logging.INFO)
+    progress = Progress(1000, "particles")
+    clock[0] += 10
+    progress.step(0)
+    assert caplog.messages == []
+
+
 def test_a_listener_hears_every_step(clock):
     heard = []
     with listening(lambda *what: heard.append(what)):

@@ -30,7 +30,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--j", type=int, default=os.cpu_count())
-    parser.add_argument("--only", help="Only models whose names this regular expression finds; null: the nulls.")
+    parser.add_argument(
+        "--only", help="Only models whose names this regular expression finds; null: the nulls."
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality.md"))
     options = parser.parse_args()
     sets = list(all_sets(options.real, options.maps, options.work))

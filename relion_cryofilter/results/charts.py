@@ -298,7 +298,7 @@ def _draw_history(axes: Axes, history: Epochs, kept: int) -> None:
     assert place is not None  # every chart has its place in a grid
     panels: Any = place.subgridspec(2, 1).subplots(sharex=True)
     losses, rates = panels
-    losses.set(ylabel="Loss", title="No epoch did better than the start")
+    losses.set(ylabel="Loss")
     rates.set(ylabel="Accuracy, AUC", xlabel="Epoch")
     epochs = [int(row["epoch"]) for row in history]
     for panel, column, label, colour in (
@@ -313,9 +313,13 @@ def _draw_history(axes: Axes, history: Epochs, kept: int) -> None:
             continue
         marker = "o" if len(epochs) == 1 else ""
         panel.plot(epochs, values, color=colour, label=label, marker=marker)
-    auc = float(history[epochs.index(kept)]["val_auc"]) if kept else np.nan
-    if not np.isnan(auc):
-        losses.set(title=f"Best epoch {kept}: validation AUC {auc:.3f}")
+    title = "No epoch did better than the start"
+    if kept:
+        auc = float(history[epochs.index(kept)]["val_auc"])
+        title = f"Best epoch {kept}: validation AUC {auc:.3f}"
+        if np.isnan(auc):
+            title = "The training on all labels"
+    losses.set(title=title)
     for panel in (losses, rates):
         if kept:
             panel.axvline(kept, color=GREY, linestyle="--")
