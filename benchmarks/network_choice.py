@@ -2,7 +2,7 @@
 
     python benchmarks/network_choice.py --work FOLDER [--epochs 3] [--out FILE]
 
-FOLDER holds the simulated small images of benchmarks/pretraining/pretrain.py (or gets them). Every
+FOLDER holds the simulated images of benchmarks/pretraining/pretrain.py (or they are made). Every
 candidate sees the same micrographs, for the same number of epochs, with the same rate; one
 micrograph of ten is kept for the figure. Those that are not D4-equivariant are trained on flips
 and quarter turns. Speed is that of the network alone, float32, channels last, batch norms folded,
@@ -190,15 +190,16 @@ def main() -> None:
 
 def stored(work: Path, micrographs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return small images, labels and micrograph numbers of the first micrographs."""
-    parts = [np.load(path) for path in sorted(work.glob("1_*.npz"))]
+    parts = [np.load(path) for path in sorted((work / "shards").glob("shard_*.npz"))]
     if not parts:
         made = simulate_varied(1, range(micrographs))
         small = FourierCrop(48)(torch.from_numpy(made.images)).half().numpy()
         return small, made.labels.astype(bool), made.micrographs
-    groups = np.concatenate([part["mics"] for part in parts])
+    groups = np.concatenate([part["micrographs"] for part in parts])
     first = groups < micrographs
-    small = np.concatenate([part["small"] for part in parts])[first]
-    return small, np.concatenate([part["labels"] for part in parts])[first] > 0, groups[first]
+    boxes = np.concatenate([part["images"] for part in parts])[first]
+    small = FourierCrop(48)(torch.from_numpy(boxes)).half().numpy()
+    return small, np.concatenate([part["targets"] for part in parts])[first] >= 0.5, groups[first]
 
 
 if __name__ == "__main__":

@@ -1,163 +1,220 @@
-"""Pre-train the bundled network on simulated images of great variety.
+"""Pre-train the bundled network on simulated images of great variety and on some real ones.
 
-    python benchmarks/pretraining/pretrain.py --maps FOLDER --work FOLDER
+    python benchmarks/pretraining/pretrain.py --maps FOLDER --real FOLDER --work FOLDER
 
---maps holds densities (.mrc) of real molecules; half of the micrographs show one of them, the
-others random shapes. --work keeps the simulated images (made by several processes, 1.4 GB) and
-the checkpoint, so a stopped run goes on. It takes about an hour on two cores; --gpu 0 trains on a
-GPU. The result is relion_cryofilter/models/default.safetensors.
+--maps holds densities (.mrc) of real molecules, --real labelled real images (real_images.py says
+which are used and which are kept for tests). --work gets the simulated images, which processes of
+their own make while the network trains on those that are there, and a checkpoint every minute: a
+run that was stopped or killed goes on with the same command, and with more --images or --hours it
+goes on after its end. The rate falls with the budget, whichever of images and hours is used up
+first. At any time --export writes the model of the averaged weights, calibrated.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import multiprocessing
 import os
+import sys
 import time
 from pathlib import Path
 
-import mrcfile
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
-from variety import degrade, molecule_of_map, simulate_varied
+from pool import Batches, Pool, simulate_shards
+from real_images import split_real
+from torch.nn.functional import binary_cross_entropy_with_logits
 
+from relion_cryofilter.files import replacing
 from relion_cryofilter.images.preprocess import FourierCrop
-from relion_cryofilter.images.small_images import InMemory
-from relion_cryofilter.kinds import ThresholdRequest, gpu_numbers
-from relion_cryofilter.nn.model import BUNDLED_MODEL, CURVE, Model
-from relion_cryofilter.nn.networks import build_network, choose_devices
-from relion_cryofilter.nn.three_parts import calibrated, fit_temperature
-from relion_cryofilter.nn.trainer import Settings, Trainer, TrainingData, predict
-from relion_cryofilter.particles.splits import Split
-from relion_cryofilter.processes import versions
-from relion_cryofilter.progress import Progress
-from relion_cryofilter.thresholds import OperatingCurve
+from relion_cryofilter.nn.networks import Network, build_network
 
-DIM = 48
-BATCHES = ((1, 4000, 40, 20), (2, 4000, 30, 50))
-"""Seed, micrographs, picks on each, micrographs a file."""
+CHECKPOINT_SECONDS, LOG_SECONDS, JUDGE_SECONDS = 45, 60, 420
+NORM_SHARE = 0.15
+"""Of the budget, in which batch norms use the statistics of batches. Then they are kept: that is
+what fine-tuning does too, and takes half the time."""
 
-NOISE_MICROGRAPHS, NOISE_PICKS = 400, 40
-"""Boxes of noise alone, which are bad, whatever their spectrum."""
-
-HELD_OUT = ("1u6g", "4v4r_30S", "5gjv")
-"""Maps that stay unseen, so that the benchmarks can test on them."""
+WARM_UP_IMAGES, FINAL_RATE, AVERAGED_STEPS = 20_000, 0.01, 1500
 
 
-def make_chunk(job: tuple[int, range, int, list, Path]) -> None:
-    """Simulate micrographs of some numbers and keep their small images."""
-    seed, numbers, picks, molecules, path = job
-    if path.exists():
-        return
-    torch.set_num_threads(1)
-    made = simulate_varied(seed, numbers, picks=picks, molecules=molecules)
-    small = FourierCrop(DIM)(torch.from_numpy(made.images)).half().numpy()
-    temporary = path.with_suffix(".part")
-    with temporary.open("wb") as file:
-        np.savez(file, small=small, labels=made.labels, kinds=made.kinds, mics=made.micrographs)
-    temporary.replace(path)
+class Averaged:
+    """The exponential mean of a network's weights and statistics over `AVERAGED_STEPS`."""
+
+    def __init__(self, network: Network) -> None:
+        self.state = {name: value.clone() for name, value in network.state_dict().items()}
+        self.steps = 0
+
+    def update(self, network: Network) -> None:
+        """Take in the weights after one more step."""
+        self.steps += 1
+        share = 1 / min(AVERAGED_STEPS, 1 + self.steps / 10)
+        with torch.no_grad():
+            for name, value in network.state_dict().items():
+                self.state[name].lerp_(value, share)
 
 
-def simulate(options: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Simulate (or find) all micrographs."""
-    molecules = []
-    for path in sorted(options.maps.glob("*.mrc")):
-        if path.stem not in HELD_OUT:
-            with mrcfile.open(path, permissive=True) as file:
-                molecules.append(molecule_of_map(file.data, float(file.voxel_size.x) or 3.0))
-    options.work.mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (seed, range(first, first + step), picks, molecules,
-         options.work / f"{seed}_{first:06d}.npz")
-        for seed, count, picks, step in BATCHES
-        for first in range(0, count, step)
-    ]  # fmt: skip
-    with multiprocessing.get_context("spawn").Pool(options.j) as pool:
-        for done, _ in enumerate(pool.imap_unordered(make_chunk, jobs), 1):
-            if done % 20 == 0:
-                print(f"simulated {done} of {len(jobs)} files", flush=True)
-    parts = [np.load(path) for *_, path in jobs]
-    data = [{**part, "mics": part["mics"] + 1_000_000 * job[0]} for part, job in zip(parts, jobs)]
-    data.append(make_noise())
-    names = ("small", "labels", "kinds", "mics")
-    return {name: np.concatenate([part[name] for part in data]) for name in names}
+class Training:
+    """A network, its optimiser and its mean, and how far they are; kept in a checkpoint."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(options.seed)
+        self.options = options
+        self.network = build_network("d4", widths=list(options.widths), dim=options.dim)
+        self.network.to(memory_format=torch.channels_last)
+        self.optimiser = torch.optim.AdamW(
+            self.network.parameters(), options.learning_rate, weight_decay=1e-4
+        )
+        self.averaged = Averaged(self.network)
+        self.images, self.seconds, self.frozen = 0, 0.0, False
+        self.path: Path = options.work / f"{options.name}.pt"
+        if self.path.exists():
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            self.network.load_state_dict(state["network"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            self.averaged.state = state["averaged"]
+            self.averaged.steps = state["steps"]
+            self.images, self.seconds = state["images"], state["seconds"]
+            self.frozen = state["frozen"]
+
+    def save(self) -> None:
+        """Write the checkpoint, complete or not at all."""
+        state = {
+            "network": self.network.state_dict(), "optimiser": self.optimiser.state_dict(),
+            "averaged": self.averaged.state, "steps": self.averaged.steps,
+            "images": self.images, "seconds": self.seconds, "frozen": self.frozen,
+        }  # fmt: skip
+        with replacing(self.path) as file:
+            torch.save(state, file)
+
+    @property
+    def used(self) -> float:
+        """Return which part of the budget is used up, 0 to 1 and more."""
+        hours = self.seconds / 3600
+        return max(self.images / self.options.images, hours / self.options.hours)
+
+    def step(self, batch: torch.Tensor, targets: torch.Tensor) -> float:
+        """Train on small images (n, 1, dim, dim) and targets (n,) from 0 to 1; return the loss."""
+        rate = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(1, self.used)))
+        rate *= self.options.learning_rate * min(1, (self.images + 1) / WARM_UP_IMAGES)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        if self.used > NORM_SHARE and not self.frozen:
+            statistics = {
+                name: value for name, value in self.averaged.state.items()
+                if name.endswith((".mean", ".variance"))
+            }  # fmt: skip
+            self.network.load_state_dict(statistics, strict=False)
+            self.frozen = True
+        self.network.train(not self.frozen)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.options.bf16):
+            logits = self.network(batch)
+        loss = binary_cross_entropy_with_logits(logits.float(), targets)
+        self.optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimiser.step()
+        self.averaged.update(self.network)
+        self.images += len(batch)
+        return float(loss.detach())
+
+    def averaged_network(self) -> Network:
+        """Return a network with the averaged weights, ready to score."""
+        options = self.options
+        network = build_network("d4", widths=list(options.widths), dim=options.dim)
+        network.load_state_dict(self.averaged.state)
+        return network.eval().to(memory_format=torch.channels_last)
 
 
-def make_noise() -> dict[str, np.ndarray]:
-    """Make boxes of noise, a spectrum for each micrograph."""
-    small = []
-    for number in range(NOISE_MICROGRAPHS):
-        rng = np.random.default_rng([0, number])
-        boxes = rng.normal(size=(NOISE_PICKS, 64, 64)).astype(np.float32)
-        boxes = degrade(rng, boxes) if number % 2 else boxes
-        small.append(FourierCrop(DIM)(torch.from_numpy(boxes)).half().numpy())
-    n = NOISE_MICROGRAPHS * NOISE_PICKS
-    return {
-        "small": np.concatenate(small), "labels": np.zeros(n, int), "kinds": np.full(n, "noise"),
-        "mics": np.repeat(np.arange(NOISE_MICROGRAPHS), NOISE_PICKS),
-    }  # fmt: skip
+def train(training: Training, pool: Pool, validation: Pool, log: Path) -> None:
+    """Train until the budget is used up, on what is in the pool, which may grow."""
+    options = training.options
+    batches = Batches(pool, options.batch_size, FourierCrop(options.dim), options.seed)
+    saved = logged = judged = last = time.monotonic()
+    losses: list[float] = []
+    while training.used < 1:
+        batch, targets = batches.get(training.images)
+        losses.append(training.step(batch, targets))
+        now = time.monotonic()
+        training.seconds += now - last
+        last = now
+        if now - saved > CHECKPOINT_SECONDS:
+            training.save()
+            saved = now
+        if now - logged > LOG_SECONDS:
+            line = {
+                "images": training.images, "minutes": round(training.seconds / 60, 1),
+                "used": round(training.used, 4), "loss": round(float(np.mean(losses)), 4),
+                "pool": len(pool),
+            }  # fmt: skip
+            if now - judged > JUDGE_SECONDS or training.used >= 1:
+                line |= judge(training.averaged_network(), validation, FourierCrop(options.dim))
+                judged = now
+            with log.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            losses, logged = [], now
+            pool.grow()
+        last = min(last, time.monotonic())
+    training.save()
+
+
+def judge(network: Network, validation: Pool, recipe: FourierCrop) -> dict[str, float]:
+    """Return AUC on simulated images, on composites, and the noise above most particles."""
+    from sklearn.metrics import roc_auc_score
+
+    found: dict[str, float] = {}
+    logits = {kind: validation.logits(network, recipe, kind) for kind in validation.kinds_of_shard}
+    for kind in ("simulated", "composite"):
+        good = validation.targets(kind) >= 0.5
+        if good.any():
+            found[kind] = round(float(roc_auc_score(good, logits[kind])), 4)
+    if "noise" in logits and "simulated" in logits:
+        good = validation.targets("simulated") >= 0.5
+        cut = np.quantile(logits["simulated"][good], 0.2)
+        found["noise above 80 % recall"] = round(float((logits["noise"] >= cut).mean()), 4)
+    return found
 
 
 def main() -> None:
     """Simulate, train, calibrate, write the model file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--maps", type=Path, required=True)
+    parser.add_argument("--real", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--name", default="pretrained", help="Of the checkpoint and the log.")
+    parser.add_argument("--images", type=float, default=3e6, help="To see in all.")
+    parser.add_argument("--hours", type=float, default=24.0, help="To train at most, in all.")
+    parser.add_argument("--shards", type=int, default=500, help="Of 1,200 fresh images each.")
+    parser.add_argument("--j", type=int, default=1, help="Processes that simulate.")
     parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--widths", type=int, nargs=3, default=(4, 8, 16))
+    parser.add_argument("--dim", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--j", type=int, default=os.cpu_count())
-    parser.add_argument("--gpu", help="0 trains on the first GPU.")
-    parser.add_argument("--out", type=Path, default=BUNDLED_MODEL)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--export", type=Path, help="Write this model file and stop.")
     options = parser.parse_args()
-    start = time.monotonic()
-    data = simulate(options)
-    labels, groups = data["labels"].astype(bool), data["mics"]
-    validation = np.flatnonzero(groups % 10 == 0)
-    training = np.flatnonzero(groups % 10 != 0)
-    split = Split(training, validation, validation, "micrograph", groups, "micrograph")
-    torch.manual_seed(options.seed)
-    torch.set_num_threads(options.j)
-    network = build_network("d4", widths=list(options.widths), dim=DIM)
-    settings = Settings(
-        epochs=options.epochs, patience=options.epochs, learning_rate=options.learning_rate,
-        augmentation=False, seed=options.seed,
-    )  # fmt: skip
-    trainer = Trainer(
-        network, TrainingData(InMemory(torch.from_numpy(data["small"])), labels, split), settings,
-        options.work / "checkpoint.pt", {"widths": list(options.widths), "n": len(labels)},
-        choose_devices(gpu_numbers(options.gpu))[0],
-    )  # fmt: skip
-    for epoch in trainer.run(Progress(options.epochs * len(training), "image steps")):
-        print(epoch, flush=True)
-    logits = predict(network, trainer.images, validation).numpy().astype(np.float64)
-    truth, kinds = labels[validation], data["kinds"][validation]
-    temperature = fit_temperature(logits, truth)
-    scores = calibrated(logits, temperature)
-    curve = OperatingCurve.from_scores(truth, scores, groups[validation])
-    by_kind = {
-        str(kind): round(float(roc_auc_score(truth[rows], scores[rows])), 3)
-        for kind in sorted(set(kinds) - {"particle"})
-        for rows in [(kinds == kind) | truth]
-    }
-    provenance = {
-        "made_by": "benchmarks/pretraining/pretrain.py",
-        "data": f"{len(labels)} simulated images of {len(set(groups))} micrographs",
-        "settings": {"seed": options.seed, "epochs": options.epochs,
-                     "learning_rate": options.learning_rate},
-        "validation": {"auc": round(float(roc_auc_score(truth, scores)), 4), "by_kind": by_kind,
-                       "n": len(truth), "micrographs": len(set(groups[validation]))},
-        "seconds": round(time.monotonic() - start),
-        CURVE: curve.to_dict(),
-        "versions": versions(),
-    }  # fmt: skip
-    threshold = curve.threshold(ThresholdRequest("recall", 0.95))
-    model = Model(network, FourierCrop(DIM), threshold, temperature, provenance)
-    model.save(options.out)
-    print(f"wrote {options.out}: threshold {threshold}, {provenance['validation']}")
+    options.work.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    if options.export:
+        from export import export  # needs what only calibration needs
+
+        export(Training(options), options.export)
+        return
+    context = multiprocessing.get_context("spawn")
+    for worker in range(options.j):
+        job = (options.maps, options.real, options.work, range(worker, options.shards, options.j))
+        context.Process(target=simulate_shards, args=(*job, os.getpid()), daemon=True).start()
+    real, _ = split_real(options.real)
+    pool = Pool(options.work, real, validation=False)
+    validation = Pool(options.work, None, validation=True)
+    while not (pool.ready() and validation.ready()):
+        time.sleep(2)
+        pool.grow()
+        validation.grow()
+    train(Training(options), pool, validation, options.work / f"{options.name}.log")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
