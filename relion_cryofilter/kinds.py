@@ -19,10 +19,13 @@ FORMS = """\
   recall=0.95       keep 95 % of the good particles
   precision=0.9     90 % of what is accepted is good
   keep=0.6          accept the best 60 % of all particles; keep=60% is the same
-  count=50000       accept the best 50,000 particles"""
+  count=50000       accept the best 50,000 particles
+  gmm               the upper of two kinds, where the scores show two"""
 """The requests that are understood, for help and errors."""
 
 THRESHOLD_2020 = 0.5
+EITHER = 0.5
+"""As likely of the upper as of the lower component: what ``gmm`` asks of a mixture."""
 MAX_COUNT = 10**12
 _DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _NUMBER = re.compile(rf"{_DECIMAL}(?:e[+-]?[0-9]+)?")
@@ -34,6 +37,7 @@ _RANGES = {
     "precision": "above 0 and at most 1",
     "keep": "above 0 and at most 1, or a percentage",
     "count": "a whole number from 1",
+    "gmm": "given without a number",
 }
 
 
@@ -41,14 +45,16 @@ _RANGES = {
 class ThresholdRequest:
     """What a user asks of the threshold; a UsageError if it makes no sense."""
 
-    kind: str  # ``score``, ``recall``, ``precision``, ``keep`` (of all particles) or ``count``
-    value: float  # fractions are 0 to 1
+    kind: str  # ``score``, ``recall``, ``precision``, ``keep`` (of all), ``count`` or ``gmm``
+    value: float  # fractions are 0 to 1; of ``gmm``, `EITHER`
 
     def __post_init__(self) -> None:
         if self.kind not in _RANGES:
             raise _not_understood(str(self), f"there is no {self.kind!r}")
         if self.kind == "count":
             fits = 1 <= self.value <= MAX_COUNT and self.value == int(self.value)
+        elif self.kind == "gmm":
+            fits = self.value == EITHER
         else:
             fits = 0 <= self.value <= 1 and (self.kind == "score" or self.value > 0)
         if not fits:
@@ -71,12 +77,16 @@ class ThresholdRequest:
         found = text.strip()
         if found == "2020":
             return cls("score", THRESHOLD_2020)
+        if found == "gmm":
+            return cls(found, EITHER)
         name, equals, number = (part.strip() for part in found.partition("="))
         if not equals:
             name, number = "score", found
         elif name == "score" or name not in _RANGES:
             raise _not_understood(found, f"there is no {name!r}")
         percentage = _PERCENTAGE.fullmatch(number)
+        if name == "gmm":
+            raise _not_understood(found, f"{name} is {_RANGES[name]}")
         if name == "count" and _COUNT.fullmatch(number):
             return cls(name, float(number.replace(",", "")))
         if percentage and name not in ("count", "score"):
@@ -88,6 +98,8 @@ class ThresholdRequest:
     def __str__(self) -> str:
         """Return the text that `parse` reads back as the same request."""
         number = repr(float(self.value)).removesuffix(".0")
+        if self.kind == "gmm":
+            return self.kind
         return number if self.kind == "score" else f"{self.kind}={number}"
 
 

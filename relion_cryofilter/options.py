@@ -83,7 +83,8 @@ class ModelOptions(JobOptions):
     )  # fmt: skip
     threshold: ThresholdRequest | None = option(
         "Accept scores of at least this: 0.6, recall=0.95, precision=0.9, keep=0.6 (a fraction), "
-        "count=50000, or 2020 (0.5); the model's own threshold if not given.", "threshold",
+        "count=50000, gmm (the upper of two kinds), or 2020 (0.5); the model's own threshold if "
+        "not given.", "threshold",
     )  # fmt: skip
     tta: bool = option(
         "Average the scores of the eight flips and rotations; nothing to do for d4 networks.",
@@ -133,6 +134,9 @@ class ScoreOptions(ModelOptions):
     )
     project_dir: Path | None = option(
         "For a CryoSPARC .cs file: the project's folder, if the file is not in it.", "path"
+    )
+    junk: Path | None = option(
+        "Particles known to be junk, as --in_parts: how many of them would pass is said.", "path"
     )
     out_file: Path | None = option("Where to write scores.csv; in --o if not given.", "path")
     features: bool = option("Also write features.npy, one row a particle.", "flag", False)
@@ -243,8 +247,8 @@ class SelectOptions(JobOptions):
     """Sort a scored STAR file again, by another threshold; without images."""
 
     threshold: ThresholdRequest | None = option(
-        "Accept scores of at least this: 0.6, keep=0.6 (a fraction), count=50000, 2020 (0.5); with "
-        "--weights also recall=0.95 and precision=0.9.", "threshold",
+        "Accept scores of at least this: 0.6, keep=0.6 (a fraction), count=50000, gmm, 2020 (0.5); "
+        "with --weights also recall=0.95 and precision=0.9.", "threshold",
     )  # fmt: skip
     weights: Path | None = option("The model that scored, for recall and precision.", "path")
     score_label: str = option("Column of the scores.", "label", SCORE_LABEL)

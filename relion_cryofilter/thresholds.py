@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from relion_cryofilter.errors import CryoFilterError, ModelError
-from relion_cryofilter.kinds import ThresholdRequest
+from relion_cryofilter.kinds import EITHER, ThresholdRequest
 
 Floats = NDArray[np.floating[Any]]
 
@@ -41,6 +41,9 @@ class Interval(NamedTuple):
         ends = "" if isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]"
         return f"{self.value:.3f}{ends}"
 
+
+FEWEST_OF_MIXTURE, MOST_OF_MIXTURE, LEAST_SHARE, APART = 100, 50_000, 0.03, 2.0
+"""Particles that a mixture is fitted to; what is asked of its components."""
 
 DECIMALS = 6
 STEPS = 10**DECIMALS
@@ -82,7 +85,7 @@ def choose_threshold(
         ``score``: that score. ``recall``: the highest threshold with at least that recall.
         ``precision``: the lowest threshold with at least that precision. ``keep`` and ``count``:
         the best particles, at least as many as asked for; all that tie with the last one are
-        accepted too.
+        accepted too. ``gmm``: where the upper of two components begins, see `Mixture`.
     scores
         (n,) 0 to 1. Scores of float32 are compared as float32.
     labels
@@ -97,6 +100,8 @@ def choose_threshold(
     if request.kind == "score":
         return -float(_floor(np.array([-request.value]))[0])  # the next with six decimals
     values = checked(scores)
+    if request.kind == "gmm":
+        return Mixture.fit(values).threshold
     if request.kind == "keep":
         return _nth_highest(values, _least_number(request.value, values.size))
     if request.kind == "count":
@@ -123,6 +128,83 @@ def choose_threshold(
     return lowest_reaching(request, thresholds, np.minimum(*precisions), true / good.sum())
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Two normal distributions of logits that explain the scores of a set without labels.
+
+    Attributes
+    ----------
+    shares, means, sigmas
+        Of the lower and the upper component; means and sigmas in units of log odds.
+    threshold
+        The score from which a particle is more likely of the upper one.
+    """
+
+    shares: tuple[float, float]
+    means: tuple[float, float]
+    sigmas: tuple[float, float]
+    threshold: float
+
+    @classmethod
+    def fit(cls, scores: ArrayLike) -> Mixture:
+        """Fit to scores (n,); a CryoFilterError if one component explains them as well.
+
+        Scores of 0 are of images that could not be scored, and are left out. Two components are
+        told apart if they have the lower Bayesian information criterion, if each has a share of
+        `LEAST_SHARE`, and if their means are `APART` standard deviations from each other
+        (K. Ashman et al., Astron. J. 108, 2348 (1994)).
+        """
+        from sklearn.mixture import GaussianMixture  # slow to import
+
+        values = checked(scores).astype(np.float64)
+        values = np.clip(values[values > 0], 1 / STEPS, 1 - 1 / STEPS)
+        if values.size < FEWEST_OF_MIXTURE:
+            raise CryoFilterError(
+                f"The threshold gmm needs {FEWEST_OF_MIXTURE} scored particles or more; found "
+                f"{values.size:,}. Ask for a share such as keep=0.6."
+            )
+        rng = np.random.default_rng(0)
+        some = values if values.size <= MOST_OF_MIXTURE else rng.choice(values, MOST_OF_MIXTURE)
+        logits = np.log(some / (1 - some))[:, None]
+        one, two = (
+            GaussianMixture(count, random_state=0, n_init=3, max_iter=500).fit(logits)
+            for count in (1, 2)
+        )
+        lower, upper = np.argsort(two.means_[:, 0])
+        means, variances = two.means_[:, 0], two.covariances_[:, 0, 0]
+        apart = (means[upper] - means[lower]) / np.sqrt(variances.mean())
+        shares = two.weights_
+        if two.bic(logits) >= one.bic(logits) or shares.min() < LEAST_SHARE or apart < APART:
+            raise CryoFilterError(
+                "The threshold gmm needs scores of two kinds, but one component explains these "
+                f"{values.size:,} as well: the best two have shares of {shares[lower]:.0%} and "
+                f"{shares[upper]:.0%}, and their means are {apart:.1f} standard deviations apart "
+                f"(needed: {LEAST_SHARE:.0%}, {APART:g}). Ask for a share such as keep=0.6, or "
+                "label some particles and run train."
+            )
+        grid = np.linspace(means[lower], means[upper], 2001)
+        likely = two.predict_proba(grid[:, None])[:, upper] >= EITHER
+        cut = 1 / (1 + np.exp(-grid[int(likely.argmax())]))
+        return cls(
+            (float(shares[lower]), float(shares[upper])),
+            (float(means[lower]), float(means[upper])),
+            (float(np.sqrt(variances[lower])), float(np.sqrt(variances[upper]))),
+            float(_floor(np.array([cut]))[0]),
+        )
+
+    def describe(self) -> str:
+        """Return shares and overlap, for the log."""
+        from statistics import NormalDist
+
+        cut = float(np.log(self.threshold / (1 - self.threshold)))
+        below = [NormalDist(*pair).cdf(cut) for pair in zip(self.means, self.sigmas)]
+        return (
+            f"two components of {self.shares[0]:.0%} and {self.shares[1]:.0%}; at the threshold "
+            f"{1 - below[0]:.1%} of the lower and {below[1]:.1%} of the upper one are on the "
+            "other's side"
+        )
+
+
 def checked(scores: ArrayLike) -> Floats:
     """Return the scores as float32, if that is what they are, or float64; refuse none and NaN."""
     values = np.asarray(scores)
@@ -139,6 +221,14 @@ def refuse_not_a_number(scores: Floats) -> None:
         raise CryoFilterError(
             f"{wrong:,} of {scores.size:,} scores are not numbers. Score the particles again."
         )
+
+
+def threshold_and_reason(request: ThresholdRequest, scores: ArrayLike) -> tuple[float, str]:
+    """Return the threshold that a request without labels means, and where it is from."""
+    if request.kind == "gmm":
+        found = Mixture.fit(scores)
+        return found.threshold, f"{request.reason}: {found.describe()}"
+    return choose_threshold(request, scores), request.reason
 
 
 def need_both_classes(request: ThresholdRequest, n_positive: int, n_negative: int) -> None:

@@ -108,7 +108,7 @@ def test_images_survive_their_encoding():
 def settings(work: Path, **changed) -> argparse.Namespace:
     usual = {
         "seed": 1, "widths": (1, 1, 2), "dim": 48, "learning_rate": 3e-3, "work": work,
-        "name": "test", "images": 1280, "hours": 1.0, "bf16": False, "batch_size": 64,
+        "name": "test", "images": 1280, "hours": 1.0, "bf16": False, "batch_size": 64, "init": None,
     }  # fmt: skip
     return argparse.Namespace(**{**usual, **changed})
 

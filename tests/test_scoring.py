@@ -187,3 +187,19 @@ def test_a_sample_of_the_features_is_kept_whatever_the_order_of_the_disk(project
     assert np.array_equal(scores.features, np.load(path)[scores.sampled])
     assert run(star, model, sample=1000).sampled.tolist() == list(range(48))
     assert not run(star, model).features.size
+
+
+def test_the_share_of_known_junk_that_would_pass_is_said_and_counts_nowhere_else(project, capsys):
+    junk = making.half_star(project, "junk.star", lambda line: "000003@" in line)
+    making.score_project(f"--threshold keep=0.5 --junk {junk}")
+    said = next(line for line in capsys.readouterr().out.splitlines() if "known junk" in line)
+    scores = np.loadtxt(f"{making.JOB}/scores.csv", delimiter=",")[:, 1]
+    particles = read_particles(Path("Extract/job001/particles.star"))
+    names = [particles.image_name(row) for row in range(len(particles))]
+    rows = [row for row, name in enumerate(names) if name.lstrip("0").startswith("3@")]
+    threshold = float(said.split("Threshold ")[1].split()[0])
+    passing = (scores[rows] >= threshold).mean()
+    assert f"of {len(rows)} known junk particles a share of {passing:.3f} [" in said
+    assert len(scores) == len(particles)
+    with pytest.raises(AssertionError):
+        making.score_project("--junk missing.star")

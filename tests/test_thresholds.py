@@ -14,7 +14,7 @@ from sklearn.metrics import precision_recall_curve
 
 from relion_cryofilter.errors import CryoFilterError, UsageError
 from relion_cryofilter.kinds import ThresholdRequest
-from relion_cryofilter.thresholds import choose_threshold
+from relion_cryofilter.thresholds import Mixture, choose_threshold
 
 
 def ask(text, scores, labels=None):
@@ -186,3 +186,50 @@ def test_scores_that_are_missing_or_no_numbers_are_refused():
         ask("keep=0.5", [0.5, np.nan])
     with pytest.raises(ValueError, match="labels"):
         ask("recall=0.5", [0.5, 0.6], [True])
+
+
+def two_kinds(apart, n=4000, share=0.4, seed=0):
+    """Scores (n,) whose logits are normal about two means, and which are of the upper kind."""
+    rng = np.random.default_rng(seed)
+    upper = rng.random(n) < share
+    return 1 / (1 + np.exp(-(rng.normal(size=n) + apart * (upper - 0.5)))), upper
+
+
+def test_a_mixture_finds_the_valley_between_two_kinds_without_labels():
+    scores, upper = two_kinds(apart=5)
+    threshold = ask("gmm", scores)
+    assert has_six_decimals(threshold)
+    # Where both kinds are as likely: logit log(.6 / .4) / 5.
+    assert np.log(threshold / (1 - threshold)) == pytest.approx(np.log(1.5) / 5, abs=0.15)
+    assert ((scores >= threshold) == upper).mean() > 0.98
+    found = Mixture.fit(scores)
+    assert found.shares == pytest.approx((0.6, 0.4), abs=0.03)
+    assert found.means == pytest.approx((-2.5, 2.5), abs=0.1)
+    said = found.describe()
+    assert said.startswith("two components of 60% and 40%")
+    wrong = [float(word.rstrip("%")) for word in said.split() if "." in word]
+    assert wrong == pytest.approx([0.5, 0.9], abs=0.4)
+
+
+@pytest.mark.parametrize("apart", [0, 1])
+def test_one_hump_of_scores_has_no_threshold_of_its_own(apart):
+    with pytest.raises(CryoFilterError, match=r"one component .* keep=0\.6"):
+        ask("gmm", two_kinds(apart)[0])
+    with pytest.raises(CryoFilterError, match="one component"):
+        ask("gmm", two_kinds(5, share=0.005)[0])
+    with pytest.raises(CryoFilterError, match="100 scored particles"):
+        ask("gmm", two_kinds(5, n=50)[0])
+
+
+def test_images_that_could_not_be_scored_are_no_kind_of_their_own():
+    scores, _ = two_kinds(apart=5)
+    assert ask("gmm", np.append(scores, np.zeros(3000))) == ask("gmm", scores)
+    with pytest.raises(CryoFilterError, match="one component"):
+        ask("gmm", np.append(two_kinds(0)[0], np.zeros(3000)))
+
+
+def test_the_mixture_is_asked_for_by_its_name_alone():
+    assert str(ThresholdRequest.parse(" gmm ")) == "gmm"
+    for text in ("gmm=0.5", "gmm="):
+        with pytest.raises(UsageError, match="without a number"):
+            ThresholdRequest.parse(text)

@@ -29,6 +29,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from relion_cryofilter.files import replacing
 from relion_cryofilter.images.preprocess import FourierCrop
+from relion_cryofilter.nn.model import load_model
 from relion_cryofilter.nn.networks import Network, build_network
 
 CHECKPOINT_SECONDS, LOG_SECONDS, JUDGE_SECONDS = 45, 60, 420
@@ -62,12 +63,14 @@ class Training:
         torch.manual_seed(options.seed)
         self.options = options
         self.network = build_network("d4", widths=list(options.widths), dim=options.dim)
+        if options.init:
+            self.network.load_state_dict(load_model(options.init).network.state_dict())
         self.network.to(memory_format=torch.channels_last)
         self.optimiser = torch.optim.AdamW(
             self.network.parameters(), options.learning_rate, weight_decay=1e-4
         )
         self.averaged = Averaged(self.network)
-        self.images, self.seconds, self.frozen = 0, 0.0, False
+        self.images, self.seconds, self.frozen = 0, 0.0, bool(options.init)
         self.path: Path = options.work / f"{options.name}.pt"
         if self.path.exists():
             state = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -182,6 +185,7 @@ def main() -> None:
     parser.add_argument("--maps", type=Path, required=True)
     parser.add_argument("--real", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--init", type=Path, help="Start from the weights of this model file.")
     parser.add_argument("--name", default="pretrained", help="Of the checkpoint and the log.")
     parser.add_argument("--images", type=float, default=3e6, help="To see in all.")
     parser.add_argument("--hours", type=float, default=24.0, help="To train at most, in all.")

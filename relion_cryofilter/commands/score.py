@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +40,7 @@ from relion_cryofilter.results.outputs import (
     write_subsets,
 )
 from relion_cryofilter.results.report_files import Report, write_report
-from relion_cryofilter.thresholds import Chosen
+from relion_cryofilter.thresholds import DECIMALS, Chosen, share_interval
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -101,9 +101,19 @@ def filter_particles(
         features_path=places.extras / FEATURES if options.features else None,
         sample=FEATURE_SAMPLE if options.o is not None else 0,
     )
+    known = None
+    if options.junk is not None:
+        junk = read_particle_file(options.junk)
+        progress = Progress(len(junk), "known junk scored", abort_requested)
+        known = score_particles(junk, models, progress, how).values
     if not ranks.first:
         return None
     chosen = models.choose(scores.values, options.threshold, scores.bad.rows)
+    if known is not None:
+        passing = float((known.round(DECIMALS) >= chosen.threshold).mean())
+        said = f"{chosen.reason}; of {len(known):,} known junk particles a share "
+        said += f"of {share_interval(passing, len(known))} would pass"
+        chosen = replace(chosen, reason=said)
 
     # Write: the results, then their report.
     outputs, holds = _write(places, options, particles, scores, chosen)
@@ -188,7 +198,7 @@ def _places(options: ScoreOptions) -> _Places:
     others = [extras / name for name in names]
     if csv.is_dir() or os.path.realpath(csv) in map(os.path.realpath, others):
         raise UsageError(f"--out_file {csv} is a folder or another result. Name a .csv file.")
-    sources = (options.in_parts, options.passthrough, *options.weights, *options.mrc)
+    sources = (options.in_parts, options.passthrough, options.junk, *options.weights, *options.mrc)
     refuse_to_overwrite(sources, (csv, *others))
     return _Places(options.o, csv, extras)
 

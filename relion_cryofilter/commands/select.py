@@ -16,7 +16,7 @@ from relion_cryofilter.results.outputs import (
     subset_names,
     write_subsets,
 )
-from relion_cryofilter.thresholds import Chosen, choose_threshold, read_curve
+from relion_cryofilter.thresholds import Chosen, read_curve, threshold_and_reason
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -55,7 +55,7 @@ def select(
         reason += f"; {curve.describe(threshold)}"
         log.info("Taking it that the scores were made by %s: they don't tell.", options.weights)
     else:
-        threshold = choose_threshold(request, scores)
+        threshold, reason = threshold_and_reason(request, scores)
     accepted = scores >= threshold
     if request.kind == "count" and accepted.sum() > request.value:
         reason += "; particles that tie with the last one are accepted too"

@@ -41,7 +41,7 @@ MODELS = FileDescription("Model", [".safetensors", ".h5"])
 _NODES: dict[str, dict[str, Any]] = {
     name: {"node_type": kind, "node_kwds": [keyword], "pattern": pattern}
     for names, kind, keyword, pattern in (
-        (("in_parts", "pos", "neg"), NODE_PARTICLEGROUPMETADATA, "relion", PARTICLES),
+        (("in_parts", "pos", "neg", "junk"), NODE_PARTICLEGROUPMETADATA, "relion", PARTICLES),
         (("weights", "init"), NODE_MLMODEL, MODEL_KEYWORD, MODELS),
     )
     for name in names

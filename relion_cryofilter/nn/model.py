@@ -42,7 +42,7 @@ from relion_cryofilter.thresholds import (
     Chosen,
     Interval,
     OperatingCurve,
-    choose_threshold,
+    threshold_and_reason,
 )
 
 log = logging.getLogger("relion_cryofilter")
@@ -374,7 +374,7 @@ class Models:
             estimate = f"; {where} {', '.join(said)}" if said else ""
             return _mean([model.threshold for model in self]), f"the model's own{estimate}"
         if request.kind not in ("recall", "precision"):
-            return choose_threshold(request, scores), request.reason
+            return threshold_and_reason(request, scores)
         threshold = _mean([model.curve.threshold(request) for model in self])
         if len(self) > 1:
             return threshold, (
