@@ -12,8 +12,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
 
 from relion_cryofilter.images.preprocess import BlurResize, FourierCrop
+from relion_cryofilter.nn.linear import radial_features
 
-RADIAL, PRINCIPAL = "radial profile, logistic regression", "PCA, logistic regression"
+RADIAL = "radial profile and spectrum, logistic regression"
+PRINCIPAL = "PCA, logistic regression"
 LINEAR = (RADIAL, PRINCIPAL)
 COMPONENTS = 50
 
@@ -33,15 +35,8 @@ def fit_linear(
 
 
 def _profiles(images: np.ndarray) -> np.ndarray:
-    """Return mean and standard deviation in rings of 2 px, (n, 2 * rings)."""
-    small = FourierCrop(48)(torch.from_numpy(images))[:, 0].numpy()
-    y, x = np.indices(small.shape[1:]) - (small.shape[1] - 1) / 2
-    ring = (np.hypot(x, y) // 2).astype(int)
-    rings = [small[:, ring == number] for number in range(12)]
-    return np.concatenate(
-        [np.stack([values.mean(1) for values in rings], 1),
-         np.stack([values.std(1) for values in rings], 1)], axis=1
-    )  # fmt: skip
+    """Return the features of the package's own baseline, (n, k)."""
+    return radial_features(FourierCrop(48)(torch.from_numpy(images))[:, 0].numpy())
 
 
 def _blurred(images: np.ndarray) -> np.ndarray:
