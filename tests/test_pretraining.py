@@ -15,11 +15,13 @@ from making import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks/pretraining"))
 
+import export
 import pool
 import pretrain
 from real_images import split_real
 
 from relion_cryofilter.images.preprocess import FourierCrop
+from relion_cryofilter.nn.model import load_model
 
 SETS = {
     # name: columns beyond image, and what they hold of image number i
@@ -52,12 +54,16 @@ def filled(real, tmp_path_factory) -> tuple[Path, pool.Pool]:
     """A pool of three small shards of noise, a disc in the middle of good ones."""
     work, rng = tmp_path_factory.mktemp("work"), np.random.default_rng(1)
     y, x = np.indices((64, 64)) - 31.5
-    for number, kind in enumerate(("simulated", "composite", "noise")):
+    for number, kind in enumerate(("simulated", "composite", "noise") * 2):
         targets = np.arange(90) % 3 / 2 * (kind != "noise")
         boxes = rng.normal(size=(90, 64, 64)) + targets[:, None, None] * (np.hypot(x, y) < 14)
-        path = pool.shard_path(work, False, number)
+        path = pool.shard_path(work, number > 2, number)
         path.parent.mkdir(exist_ok=True)
-        np.savez(path, images=pool.encoded(boxes), targets=targets.astype(np.float16), kind=kind)
+        kinds = np.where(targets >= 0.5, "particle", "empty")
+        np.savez(
+            path, images=pool.encoded(boxes), targets=targets.astype(np.float16), kind=kind,
+            kinds=kinds, micrographs=np.arange(90) // 9,
+        )  # fmt: skip
     return work, pool.Pool(work, split_real(real)[0], validation=False)
 
 
@@ -140,3 +146,21 @@ def test_training_ends_with_its_budget_and_goes_on_with_a_larger_one(filled):
     assert again.images == 192
     pretrain.train(again, images, images, work / "budget.log")
     assert again.images == 320
+
+
+def test_a_stopped_training_gives_a_model_that_accepts_no_noise_and_says_how_it_was_made(
+    filled, real, tmp_path
+):
+    work, images = filled
+    options = settings(work, name="export", images=3840, real=real)
+    training = pretrain.Training(options)
+    pretrain.train(training, images, images, work / "export.log")
+    export.export(training, tmp_path / "model.safetensors")
+    model = load_model(tmp_path / "model.safetensors")
+    assert model.threshold == 0.5
+    assert model.provenance["settings"]["images_seen"] == 3840
+    assert model.provenance["data"].startswith("3 shards")
+    noise = np.random.default_rng(3).normal(size=(400, 64, 64)).astype(np.float32)
+    scores = model.probabilities(model.preprocess(torch.from_numpy(noise)))
+    assert (scores >= 0.5).float().mean() <= 0.02
+    assert model.curve.n_groups == 10
