@@ -7,6 +7,7 @@ import pytest
 
 from relion_cryofilter.images.small_images import _background
 from relion_cryofilter.nn.selftests import (
+    baseline_test,
     copies_test,
     evidence_test,
     leak_tests,
@@ -120,3 +121,20 @@ def test_accepted_noise_and_shared_micrographs_raise_the_alarm():
     assert split_test(clean, groups, "micrograph").passed
     mixed = {"training": np.array([0, 2]), "test": np.array([1, 3, 4, 5])}
     assert "2 micrographs on two sides" in split_test(mixed, groups, "micrograph").finding
+
+
+def test_a_network_is_held_against_a_linear_baseline_on_the_same_particles():
+    rng = np.random.default_rng(0)
+    labels = np.arange(400) % 2 == 0
+    features = labels[:, None] + rng.normal(size=(400, 3))
+    halves = np.arange(200), np.arange(200, 400)
+    sides = [halves, halves[::-1]]
+    better = baseline_test(features, labels, labels + rng.normal(0, 0.1, 400), sides)
+    assert better.passed
+    assert "the network 1.000" in better.finding
+    worse = baseline_test(features, labels, rng.normal(size=400), sides)
+    assert not worse.passed
+    assert "sort by something simpler" in worse.finding
+    # Rows that nothing has scored are not compared.
+    unmeasured = np.where(np.arange(400) < 200, np.nan, labels + rng.normal(0, 0.1, 400))
+    assert baseline_test(features, labels, unmeasured, sides[:1]).passed

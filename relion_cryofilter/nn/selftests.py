@@ -15,10 +15,12 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from relion_cryofilter.images.small_images import Loaded, noise_images
+from relion_cryofilter.images.small_images import noise_images
 from relion_cryofilter.nn.fitting import MOST_SPECTRA, noise_of_spectrum
+from relion_cryofilter.nn.linear import linear_baseline, radial_features
+from relion_cryofilter.nn.measurement import Measured
 from relion_cryofilter.nn.model import Models
-from relion_cryofilter.particles.labels import LabelledSet
+from relion_cryofilter.nn.task import Task
 from relion_cryofilter.particles.splits import Folds, Split
 from relion_cryofilter.progress import counted
 from relion_cryofilter.thresholds import CURVE
@@ -31,6 +33,7 @@ SAME_SPREAD = 0.1
 """If a statistic varies so much less in one class, that class alone was normalised by it."""
 ORIGIN_SHARE, NOISE_SHARE, FEWEST = 0.95, 0.01, 20
 N_NOISE, THUMBNAIL_PX, PROBE_ROWS, MOST_PROBED = 1000, 12, 4000, 8000
+FEATURES_AT_ONCE = 1000
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -223,19 +226,47 @@ def evidence_test(parts: Mapping[str, np.ndarray], labels: np.ndarray) -> SelfTe
     return SelfTest("evidence", counts[fewest] >= FEWEST, finding)
 
 
+def baseline_test(
+    features: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    sides: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> SelfTest:
+    """Ask whether the network is better than logistic regression on `features` (n, k).
+
+    `sides` are rows to fit on and rows to score; all that are scored, with their network's
+    `scores` (n,) on one side and the baseline's on the other, are compared.
+    """
+    name, found = "linear baseline", np.full(len(labels), np.nan)
+    for train, test in sides:
+        if len(test) and len(set(labels[train].tolist())) == 2:
+            found[test] = linear_baseline().fit(features[train], labels[train]).predict_proba(
+                features[test]
+            )[:, 1]  # fmt: skip
+    rows = np.flatnonzero(~np.isnan(found))
+    if len(set(labels[rows].tolist())) < 2:
+        return SelfTest(name, True, "too few particles to tell")
+    linear, ours = (float(roc_auc_score(labels[rows], each[rows])) for each in (found, scores))
+    finding = (
+        f"logistic regression on radial profile and spectrum has AUC {linear:.3f}, the network "
+        f"{ours:.3f}"
+    )
+    meaning = (
+        "a network that does no better has learnt little of the particles' shape. Look at the "
+        "labels, add more, or sort by something simpler."
+    )
+    return SelfTest.of(name, ours >= linear, finding, meaning)
+
+
 def run_self_tests(
-    models: Models,
-    threshold: float,
-    loaded: Loaded,
-    labelled: LabelledSet,
-    split: Split | Folds,
-    seed: int,
+    models: Models, measured: Measured, task: Task, split: Split | Folds
 ) -> list[SelfTest]:
-    """Ask all; `models` of one preprocessing score as their mean, against `threshold`.
+    """Ask all; `models` of one preprocessing score as their mean, `measured` on unseen ones.
 
     Of folds, the probe is trained on all but the first and tested on that one.
     """
-    particles, labels = labelled.particles, labelled.labels
+    loaded, seed, threshold = task.loaded, task.options.seed, measured.chosen.threshold
+    particles, labels = task.labelled.particles, task.labelled.labels
     sizes = np.array([group.pixel_size_angstrom or 0.0 for group in particles.optics])
     statistics = {
         **loaded.statistics,
@@ -249,13 +280,26 @@ def run_self_tests(
     some = np.sort(np.random.default_rng(seed).permutation(used)[:MOST_PROBED])
     small = loaded.images.get(some)
     thumbs = torch.nn.functional.adaptive_avg_pool2d(small[:, :1], THUMBNAIL_PX).flatten(1)
+    scores = np.full(len(labels), np.nan)
     if isinstance(split, Folds):
         sides = [(split.others(number), held) for number, held in enumerate(split.held)]
-        evidence = {"labelled set": used}
+        compared, evidence, scores[split.rows] = (
+            sides,
+            {"labelled set": used},
+            measured.chosen.values,
+        )
     else:
         sides, evidence = [(split.train, split.test)], dict(split.parts)
+        compared, scores[split.test] = sides[:], measured.chosen.values
         sides.append((split.train, split.validation))
-    train, test = (np.flatnonzero(np.isin(some, rows)) for rows in sides[0])
+    of_some = [
+        (np.flatnonzero(np.isin(some, first)), np.flatnonzero(np.isin(some, second)))
+        for first, second in compared
+    ]
+    train, test = of_some[0]
+    features = np.concatenate(
+        [radial_features(part[:, 0].numpy()) for part in torch.split(small, FEATURES_AT_ONCE)]
+    )
     box = int(np.median(loaded.boxes_px[used]))
     preprocess = models.members[0].preprocess
     noises = {"white noise": preprocess(noise_images(box, N_NOISE, seed))}
@@ -271,6 +315,7 @@ def run_self_tests(
         *leak_tests(statistics, labels[used], particles.stack_of[used]),
         copies_test(identity, sides),
         permutation_test(thumbs.numpy(), labels[some], identity[some], train, test, seed),
+        baseline_test(features, labels[some], scores[some], of_some),
         *(noise_test(found, threshold, kind, models) for kind, found in noise_scores.items()),
         split_test(split.parts, split.clusters, split.cluster_unit),
         evidence_test(evidence, labels),

@@ -188,10 +188,11 @@ def _by_parts(
     clusters, threshold, seed = split.clusters[split.test], chosen.threshold, options.seed
     evaluation = evaluate(test.labels, chosen.values, clusters, threshold, seed=seed)
     part = describe_test_part(split, options)
+    measured = Measured(test, chosen, evaluation, split.cluster_unit, part)
     return Trained(
         models=models,
-        measured=Measured(test, chosen, evaluation, split.cluster_unit, part),
-        self_tests=run_self_tests(models, threshold, loaded, labelled, split, seed),
+        measured=measured,
+        self_tests=run_self_tests(models, measured, task, split),
         histories=[fit[1] for fit in fits],
         kept_epochs=[fit[2] for fit in fits],
         split=_describe_parts(labelled.labels, split),
@@ -241,12 +242,11 @@ def _cross_fitted(
     _say_thresholds(task, evaluation, chosen.values, labels, behind)
     part, suspects = describe_folds(folds, options), suspects_of(labelled, chosen.values)
     unit = folds.cluster_unit
+    measured = Measured(labelled, chosen, evaluation, unit, part, suspects.rows)
     return Trained(
         models=models,
-        measured=Measured(labelled, chosen, evaluation, unit, part, suspects.rows),
-        self_tests=run_self_tests(
-            models, threshold, task.loaded, task.labelled, folds, options.seed
-        ),
+        measured=measured,
+        self_tests=run_self_tests(models, measured, task, folds),
         histories=[fit.history for fit in fits],
         kept_epochs=[fit.history[-1].epoch if fit.recipe else 0 for fit in fits],
         split=_describe_parts(task.labelled.labels, folds),
