@@ -134,7 +134,7 @@ def test_a_network_is_held_against_a_linear_baseline_on_the_same_particles():
     assert "the network 1.000" in better.finding
     worse = baseline_test(features, labels, rng.normal(size=400), sides)
     assert not worse.passed
-    assert "sort by something simpler" in worse.finding
+    assert "size or brightness alone" in worse.finding
     # Rows that nothing has scored are not compared.
     unmeasured = np.where(np.arange(400) < 200, np.nan, labels + rng.normal(0, 0.1, 400))
     assert baseline_test(features, labels, unmeasured, sides[:1]).passed

@@ -252,8 +252,8 @@ def baseline_test(
         f"{ours:.3f}"
     )
     meaning = (
-        "a network that does no better has learnt little of the particles' shape. Look at the "
-        "labels, add more, or sort by something simpler."
+        "the network has learnt little of the particles' shape, or the labels follow size or "
+        "brightness alone. Look at both kinds, and label more of those that look alike."
     )
     return SelfTest.of(name, ours >= linear, finding, meaning)
 
