@@ -66,8 +66,8 @@ def test_a_stale_backup_selection_and_a_filtered_selection_are_noted(select_job)
         (lambda job: (job / "job.star").unlink(), "no labels here. Expected the particles.star of"),
         (lambda job: (job / "particles.star").unlink(), "does not exist"),
         (
-            lambda job: (job / "class_averages.star").unlink(),
-            r"class_averages\.star: can't be read",
+            lambda job: (job / "class_averages.star").write_bytes(b""),
+            r"class_averages\.star: no table found",
         ),
         (
             lambda job: (job / "job.star").write_text(

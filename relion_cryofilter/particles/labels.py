@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from relion_cryofilter.errors import CryoFilterError, StarError, UsageError
-from relion_cryofilter.files import find_project
+from relion_cryofilter.errors import CryoFilterError, UsageError
 from relion_cryofilter.particles.cryosparc import CS_SUFFIXES
 from relion_cryofilter.particles.particles import (
     ParticleSet,
@@ -21,12 +18,15 @@ from relion_cryofilter.particles.particles import (
     particles_of_stacks,
     read_particles,
 )
+from relion_cryofilter.particles.selections import (
+    classes_in,
+    read_selections,
+    sizes_in_words,
+)
 from relion_cryofilter.particles.splits import short_hash
-from relion_cryofilter.particles.star import CLASS_NUMBER, read_star
 from relion_cryofilter.particles.tables import read_particle_file
 
 STACK_SUFFIXES = (".mrcs", ".mrc", ".st")
-_REFERENCE, _SELECTED = "rlnReferenceImage", "rlnSelected"
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -143,62 +143,32 @@ def read_labels(
 
 
 def labels_of_select_job(particles_star: Path) -> LabelledSet:
-    """Return the particles of a Class2D job, positive where the Select job kept their class.
+    """Return the particles of a classification, positive where a Select job kept their class.
 
-    `particles_star` is the Select job's; the job.star beside it names the classification.
+    `particles_star` is the Select job's; the job.star beside it names the classification. Where
+    particles of several were joined, all of them are returned; see `read_selections`.
     """
-    folder = particles_star.parent
-    data_star = _classified_particles(folder, particles_star)
-    # The classes in class_averages.star are those that were kept.
-    averages = folder / "class_averages.star"
-    table = _small_table(averages, _REFERENCE, CLASS_NUMBER)
-    if not table.get(_REFERENCE):
-        raise CryoFilterError(f"{averages}: lists no classes. Select some in the Select job.")
-    label, pattern, expected = CLASS_NUMBER, r"(\d+)(?:\.0*)?$", "a number"
-    if CLASS_NUMBER not in table:  # 000003@…_classes.mrcs in 2D, …class003.mrc in 3D
-        label, pattern, expected = _REFERENCE, r".*class(\d+)\.mrc|(\d+)@", "a class's number in it"
-    kept = set()
-    for text in table[label]:
-        found = re.match(pattern, text)
-        if not found:
-            raise CryoFilterError(f"{averages}: {label} is {text!r}; expected {expected}.")
-        kept.add(int(next(filter(None, found.groups()))))
-    particles = read_particles(data_star)
-    assert particles.table is not None
-    classes = particles.table.classes()
-    labels = np.isin(classes, sorted(kept))
-    notes = [
-        f"Labels from {folder}: of the {len(set(classes.tolist()))} classes in {data_star}, "
-        f"kept: {_listed(sorted(kept))}."
-    ]
-    # The job's particles should be those of the kept classes, and so should its backup.
-    selected = read_particles(particles_star)
-    there = {selected.image_name(row) for row in range(len(selected))}
-    names = {particles.image_name(row) for row in np.flatnonzero(labels).tolist()}
-    if not there & names:
-        raise CryoFilterError(
-            f"{particles_star} has none of the {len(names):,} particles of the kept classes, so "
-            "the Select job and the classification don't belong together. Select again."
-        )
-    if there != names:
+    _refuse_without_choice(particles_star)
+    found = read_selections(particles_star)
+    sets = [selection.particles for selection in found]
+    particles = sets[0] if len(sets) == 1 else concatenate(sets)
+    labels = np.concatenate([selection.labels for selection in found])
+    notes = [note for selection in found for note in selection.notes]
+    # The job's particles should be those of the kept classes.
+    selected, classes = read_particles(particles_star), np.where(labels, 1, 0)
+    n_kept, there = int(labels.sum()), len(selected)
+    good = int((classes_in(selected, particles, classes) == 1).sum())
+    if (n_kept, there) != (good, good):
         notes.append(
-            f"{particles_star} has {len(there):,} particles, the kept classes {len(names):,} ("
-            f"{len(names - there):,} missing there, {len(there - names):,} only there). Classes "
-            "count."
+            f"{particles_star} has {there:,} particles, the kept classes {n_kept:,} ("
+            f"{n_kept - good:,} missing there, {there - good:,} only there). Classes count."
         )
-    backup = folder / "backup_selection.star"
-    if backup.is_file():
-        chosen = _small_table(backup, _SELECTED).get(_SELECTED, [])
-        classes_there = {number for number, text in enumerate(chosen, 1) if text == "1"}
-        if classes_there != kept:
-            notes.append(
-                f"{backup} names other classes ({_listed(sorted(classes_there))}); "
-                "class_averages.star counts."
-            )
-    everyone = np.arange(len(particles))
-    return _checked(
-        particles, labels, notes, Origin(particles.table, everyone, classes, len(classes))
-    )
+    origin = None
+    if len(found) == 1:
+        table, everyone = particles.table, np.arange(len(particles))
+        assert table is not None
+        origin = Origin(table, everyone, found[0].classes, len(particles))
+    return _checked(particles, labels, notes, origin)
 
 
 def labels_of_classes(
@@ -208,15 +178,14 @@ def labels_of_classes(
     particles = read_particle_file(data_star)
     assert particles.table is not None
     classes = particles.table.classes()
-    present = Counter(classes.tolist())
     both = sorted(set(positive) & set(negative))
     if both:
         raise UsageError(f"Class {both[0]} is in --pos_classes and in --neg_classes. Choose one.")
     for number in (*positive, *negative):
-        if number not in present:
-            there = ", ".join(f"{c} ({n:,})" for c, n in sorted(present.items()))
+        if number not in classes:
             raise UsageError(
-                f"No particle of {data_star} is in class {number}. Classes (particles): {there}."
+                f"No particle of {data_star} is in class {number}. Classes (particles): "
+                f"{sizes_in_words(classes)}."
             )
     labels = np.isin(classes, positive)
     named = labels | (np.isin(classes, negative) if negative else True)
@@ -267,11 +236,8 @@ def _checked(
     return LabelledSet(particles.take(rows), labels, tuple(notes), origin)
 
 
-def _classified_particles(folder: Path, particles_star: Path) -> Path:
-    """Return the _data.star of the classification that a Select job worked on.
-
-    Not read with starfile, which fails on values with both kinds of quotes, and on missing ones.
-    """
+def _refuse_without_choice(particles_star: Path) -> None:
+    """Raise a UsageError for what can't be a Select job's particles."""
     if not particles_star.is_file():
         raise UsageError(f"--in_parts {particles_star} does not exist (in {Path.cwd()}).")
     if particles_star.suffix in STACK_SUFFIXES:
@@ -281,55 +247,6 @@ def _classified_particles(folder: Path, particles_star: Path) -> Path:
             f"{particles_star} holds no labels. Give the two particle outputs of Select 2D as "
             "--pos particles_selected.cs --neg particles_excluded.cs, or --pos_classes."
         )
-    try:
-        job_star = read_star(folder / "job.star")
-    except StarError as error:
-        raise CryoFilterError(
-            f"{particles_star}: no labels here. Expected the particles.star of a Select job (with "
-            "its job.star beside it), a _data.star with --pos_classes 1,4,7, or --pos and --neg "
-            f"files. ({error})"
-        ) from error
-    loop = job_star.loop("joboptions_values")
-    options = loop.columns(["rlnJobOptionVariable", "rlnJobOptionValue"]) if loop else ()
-    model = next((value for name, value in options if name == "fn_model"), "")
-    root = Path() if Path(model).is_file() else find_project(folder) or Path()
-    if model.endswith("_model.star"):
-        data_star = root / model.replace("_model.star", "_data.star")
-    elif model.endswith("_optimiser.star"):
-        named = read_star(root / model).pairs.get("rlnExperimentalDataStarFile", "")
-        if not named:
-            raise CryoFilterError(f"{root / model}: has no _rlnExperimentalDataStarFile.")
-        data_star = root / named.strip("\"'")
-    else:
-        raise CryoFilterError(
-            f"{folder}/job.star: fn_model is {model!r}, so this Select job did not choose classes. "
-            "Give one that did, or name files with --pos and --neg."
-        )
-    if not data_star.is_file():
-        raise CryoFilterError(f"{folder}/job.star names {model}, but {data_star} is missing.")
-    return data_star
-
-
-def _small_table(path: Path, *labels: str) -> dict[str, list[str]]:
-    """Return the columns that the first table with `labels[0]` has of `labels`; {} if none has."""
-    import linecache
-
-    import starfile  # half a second, with pandas
-
-    linecache.clearcache()  # or starfile may give a file's text of before
-    try:
-        tables = starfile.read(path, always_dict=True, parse_as_string=list(labels))
-    except OSError as error:
-        raise CryoFilterError(f"{path}: can't be read ({error.strerror or 'missing'}).") from error
-    except (ValueError, TypeError, IndexError) as error:
-        raise CryoFilterError(f"{path}: can't be read as a STAR table ({error}).") from error
-    if not tables:
-        raise CryoFilterError(f"{path}: no table found; is this a STAR file in UTF-8?")
-    for table in tables.values():
-        if labels[0] in table:
-            there = [label for label in labels if label in table]
-            return {label: [str(value) for value in table[label]] for label in there}
-    return {}
 
 
 def _listed(numbers: Sequence[int]) -> str:
