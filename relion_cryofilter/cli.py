@@ -7,11 +7,12 @@ import io
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import NoReturn
 
-from relion_cryofilter.errors import UsageError, suggestion
+from relion_cryofilter.errors import UsageError, readable, suggestion
 from relion_cryofilter.kinds import KINDS, read_words
 from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, Options
 from relion_cryofilter.processes import __version__, process_number
@@ -174,6 +175,9 @@ def read(words: Sequence[str]) -> Request | None:
     UsageError
         As `parse`.
     """
+    for stream in (sys.stdout, sys.stderr):  # of terminals that can't show all letters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     texts = {(): usage(), ("help",): usage(), ("--version",): f"{PROGRAM} {__version__}"}
     for flag in ("--help", "-h"):
         texts |= {(flag,): usage(), ("job", flag): JOB_USAGE}
@@ -187,15 +191,26 @@ def read(words: Sequence[str]) -> Request | None:
 
 class _LineFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = readable(super().format(record))
         return text if record.levelno < logging.WARNING else f"WARNING: {text}"
 
 
+def _note_library_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    """Log what a library warns of, for --verbose; those of fonts and of casts come in dozens."""
+    log = logging.getLogger(PROGRAM)
+    log.debug("%s, line %d: %s: %s", filename, lineno, category.__name__, message)
+
+
 def _start_log(options: Options) -> None:
+    warnings.showwarning = _note_library_warning
     logging.raiseExceptions = False  # a terminal that went away is no reason to stop a job
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
     log = logging.getLogger(PROGRAM)
     for handler in list(log.handlers):
         log.removeHandler(handler)

@@ -7,11 +7,42 @@ A message says where, what was found, what was expected and what to do. Everythi
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
+
+_LONG_WORD, _LONG_LINE = re.compile(r"\S{320,}"), re.compile(r"[^\n]{4000,}")
+_UNUSUAL = re.compile(r"[^\n -~]")
+
+
+def readable(text: str) -> str:
+    """Return a message as it can be shown: names shortened, escapes and odd bytes made visible.
+
+    All that is logged or raised passes here, so a name of megabytes, or one that would steer a
+    terminal, may stand in any message.
+    """
+    text = _LONG_LINE.sub(_shortened, _LONG_WORD.sub(_shortened, text))
+    return _UNUSUAL.sub(lambda c: c[0] if c[0].isprintable() else _escape(c[0]), text)
+
+
+def _shortened(found: re.Match[str]) -> str:
+    n = 120 if found.re is _LONG_WORD else 1500
+    return f"{found[0][:n]}…[{len(found[0]):,} characters]…{found[0][-n:]}"
+
+
+def _escape(character: str) -> str:
+    """Return a character as its code; a byte of a name that is no UTF-8 as that byte."""
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        code -= 0xDC00
+    return f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
 
 
 class CryoFilterError(Exception):
     """A problem with the input or the environment that the user can put right."""
+
+    def __str__(self) -> str:
+        """Return the message, `readable`."""
+        return readable(super().__str__())
 
 
 class UsageError(CryoFilterError):

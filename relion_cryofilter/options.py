@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from relion_cryofilter.files import SCORE_LABEL
 from relion_cryofilter.kinds import ThresholdRequest, check_limits, given
@@ -91,6 +91,7 @@ class ModelOptions(JobOptions):
         "flag",
         False,
     )
+    skipping: ClassVar[str] = "--skip_bad leaves them out"
     skip_bad: bool = option(
         "Go on without missing, blank and NaN images (score: they get 0 and are listed in "
         "bad_images.csv).", "flag", False,
@@ -128,6 +129,7 @@ class ModelOptions(JobOptions):
 class ScoreOptions(ModelOptions):
     """Score particles and sort them into accepted and rejected."""
 
+    skipping = "--skip_bad scores such images 0 and lists them in bad_images.csv"
     mrc: tuple[Path, ...] = option("Plain image stacks instead of a STAR file.", "paths", ())
     passthrough: Path | None = option(
         "For a CryoSPARC .cs file: the passthrough .cs with the particles' other fields.", "path"

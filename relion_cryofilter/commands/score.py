@@ -18,6 +18,7 @@ from relion_cryofilter.files import (
     REPORT,
     SCORE_LABEL,
     SCORES_CSV,
+    remove_file,
     write_text,
 )
 from relion_cryofilter.images.contrast import check_contrast
@@ -28,6 +29,7 @@ from relion_cryofilter.nn.scoring import How, Scores, score_particles
 from relion_cryofilter.options import ScoreOptions
 from relion_cryofilter.particles.cryosparc import SCORE_FIELD
 from relion_cryofilter.particles.particles import ParticleSet, particles_of_stacks
+from relion_cryofilter.particles.stacks import is_stack
 from relion_cryofilter.particles.tables import read_particle_file
 from relion_cryofilter.processes import Ranks, join_ranks, process_count
 from relion_cryofilter.progress import Progress, counted, duration
@@ -143,7 +145,9 @@ def _write(
         )
         for name, made in ((FEATURES, options.features), (BAD_IMAGES, len(bad))):
             if not made:
-                (places.star / name).unlink(missing_ok=True)
+                remove_file(places.star / name)
+                if (places.star / name).is_dir():
+                    log.warning("%s is a folder and stays as it is.", places.star / name)
     # Lines ``0, 0.0320`` in input order, as the 2020 program wrote them.
     lines = (f"{row}, {value:.4f}\n" for row, value in enumerate(scores.values.tolist()))
     write_text(places.csv, "".join(lines))
@@ -196,8 +200,13 @@ def _places(options: ScoreOptions) -> _Places:
     extras = options.o or csv.parent
     names = (FEATURES, BAD_IMAGES, *(subset_names() if options.o else ()))
     others = [extras / name for name in names]
-    if csv.is_dir() or os.path.realpath(csv) in map(os.path.realpath, others):
+    journal = f"{score_cache.NAME}{score_cache.SUFFIX}"
+    more = [extras / name for name in (LOGFILE, REPORT, journal)]
+    if csv.is_dir() or os.path.realpath(csv) in map(os.path.realpath, (*others, *more)):
         raise UsageError(f"--out_file {csv} is a folder or another result. Name a .csv file.")
+    written = [path for path in others if path.name != FEATURES or options.features]
+    if folders := [path for path in written if path.is_dir()]:
+        raise UsageError(f"{folders[0]} is a folder; a result is to go there. Move it away.")
     sources = (options.in_parts, options.passthrough, options.junk, *options.weights, *options.mrc)
     refuse_to_overwrite(sources, (csv, *others))
     return _Places(options.o, csv, extras)
@@ -226,7 +235,7 @@ def _cache(
 def _read_input(options: ScoreOptions) -> ParticleSet:
     if options.in_parts is None:
         return particles_of_stacks(options.mrc)
-    if options.in_parts.suffix in (".mrcs", ".mrc"):
+    if is_stack(options.in_parts):
         raise UsageError(f"{options.in_parts} is an image stack. Give it as --mrc, not --in_parts.")
     particles = read_particle_file(options.in_parts, options.passthrough, options.project_dir)
     if particles.table is not None and particles.table.suffix == ".cs":

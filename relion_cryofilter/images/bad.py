@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,12 +16,16 @@ from relion_cryofilter.errors import ImageError
 from relion_cryofilter.files import write_text
 from relion_cryofilter.particles.particles import ParticleSet
 from relion_cryofilter.particles.stacks import StackHeader, read_header
+from relion_cryofilter.progress import counted
+
+log = logging.getLogger("relion_cryofilter")
 
 MISSING = "in stacks that can't be read"
 PAST_END = "past the end of their stack"
 TRUNCATED = "beyond where their stack is truncated"
 NOT_FINITE = "with NaN or infinite values"
 CONSTANT = "blank (all pixels equal)"
+TOO_LARGE = "with values too large (beyond 1e18) for their scatter to be a float32 number"
 FLAT = "no contrast left after down-sampling"
 
 _NAMED = 5
@@ -58,19 +63,22 @@ class BadImages:
         counts = Counter(reason for reason, _ in self._reasons.values())
         kinds = "; ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
         lines = [f"{len(self):,} of {len(self._particles):,} images can't be used: {kinds}."]
-        for row in self.rows[:_NAMED].tolist():
-            reason, detail = self._reasons[row]
+        # One line for all of a stack that can't be used for one reason.
+        causes: dict[tuple[int, str, str], list[int]] = {}
+        for row in self.rows.tolist():
+            cause = (int(self._particles.stack_of[row]), *self._reasons[row])
+            causes.setdefault(cause, []).append(row)
+        for (_, reason, detail), (row, *others) in list(causes.items())[:_NAMED]:
             image, place = self._particles.image_name(row), self._particles.place(row)
             where = image if place == image else f"{place}: {image}"
-            lines.append(f"  {where}: {detail or reason}")
-        if len(self) > _NAMED:
-            lines.append(f"  … and {len(self) - _NAMED:,} more")
+            more = f" (and {len(others):,} more of this stack)" if others else ""
+            lines.append(f"  {where}: {detail or reason}{more}".replace("\r", "\\r"))
+        if left := sum(map(len, list(causes.values())[_NAMED:])):
+            lines.append(f"  … and {left:,} more, in other stacks or for other reasons")
         return "\n".join(lines)
 
-    def refuse(
-        self, otherwise: str = "--skip_bad scores such images 0 and lists them in bad_images.csv"
-    ) -> None:
-        """Raise an ImageError that names the images, if there are any."""
+    def refuse(self, otherwise: str = "--skip_bad goes on without them") -> None:
+        """Raise an ImageError that names the images, if there are any, and what else to do."""
         if self._reasons:
             raise ImageError(
                 f"{self.summary()}\nCheck that the stacks belong to this input, or extract them "
@@ -80,9 +88,9 @@ class BadImages:
     def refuse_if_all(self) -> None:
         """Raise an ImageError if no image is left, which is no result to go on with."""
         if len(self) == len(self._particles):
-            raise ImageError(
-                f"{self.summary()}\nNo image is left. Check the working directory and the stacks."
-            )
+            missing = all(reason == MISSING for reason, _ in self._reasons.values())
+            cure = "the working directory and the stacks" if missing else "how the stacks were made"
+            raise ImageError(f"{self.summary()}\nNo image is left. Check {cure}.")
 
     def write_csv(self, path: Path) -> None:
         """Write `path`: row (0-based), image, reason."""
@@ -93,6 +101,13 @@ class BadImages:
             reason, detail = self._reasons[row]
             writer.writerow([row, self._particles.image_name(row), detail or reason])
         write_text(path, text.getvalue())
+
+
+def say_unsigned(headers: Iterable[StackHeader | None]) -> None:
+    """Log how many stacks hold bytes without sign (MRC mode 0), which few programs write."""
+    count = sum(header is not None and header.dtype == np.uint8 for header in headers)
+    if count:
+        log.info("Read as bytes from 0 to 255 (MRC mode 0): %s.", counted(count, "stack"))
 
 
 def check_stacks(particles: ParticleSet) -> tuple[list[StackHeader | None], BadImages]:

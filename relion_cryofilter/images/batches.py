@@ -19,11 +19,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from relion_cryofilter.images.bad import CONSTANT, FLAT, NOT_FINITE
+from relion_cryofilter.images.bad import CONSTANT, FLAT, NOT_FINITE, TOO_LARGE
 from relion_cryofilter.particles.particles import ParticleSet
 from relion_cryofilter.particles.stacks import BatchPlan, StackHeader, StackReader, plan_batches
 
 BATCH_BYTES, LARGEST_BATCH = 32 * 2**20, 512
+LARGEST_VALUE = 1e18  # of a pixel; the square of ten times that is no float32 number
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 LARGEST_KEPT = 32 * 2**20
 """The most that glibc lets its heaps serve; larger blocks always come from the kernel."""
@@ -121,6 +122,8 @@ def find_faults(images: torch.Tensor, small: torch.Tensor) -> dict[str, list[int
             reason = NOT_FINITE
         else:
             reason = CONSTANT if image.min() == image.max() else FLAT
+            if reason == FLAT and image.abs().max() > LARGEST_VALUE:
+                reason = TOO_LARGE
         faults.setdefault(reason, []).append(place)
     return faults
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relion_cryofilter.images.bad import BadImages, check_stacks
+from relion_cryofilter.images.bad import BadImages, check_stacks, say_unsigned
 from relion_cryofilter.images.batches import find_faults, map_batches
 from relion_cryofilter.images.contrast import SCALES, centre_contrast
 from relion_cryofilter.images.preprocess import Preprocess
@@ -59,6 +59,7 @@ def load_small_images(
     time they are asked for. `progress` is told of every batch and may raise Aborted.
     """
     headers, bad = check_stacks(particles)
+    say_unsigned(headers)
     rows = np.setdiff1d(np.arange(len(particles)), bad.rows, assume_unique=True)
     shape = (len(particles), preprocess.channels, preprocess.dim, preprocess.dim)
     sizes = {torch.float32: 4, torch.float16: 2}

@@ -51,7 +51,7 @@ def read_thumbnails(particles: ParticleSet, threads: int) -> NDArray[np.uint8]:
     An image that is missing is an ImageError.
     """
     headers, bad = check_stacks(particles)
-    bad.refuse("the images were there when they were scored")
+    bad.refuse("the images were there when they were first read")
     pictures = np.zeros((len(particles), THUMBNAIL_PX, THUMBNAIL_PX), np.uint8)
     for number in np.unique(particles.optics_of):
         size = particles.optics[number].pixel_size_angstrom

@@ -34,6 +34,8 @@ from relion_cryofilter.kinds import ThresholdRequest
 from relion_cryofilter.nn.keras import is_keras, read_keras, require_file
 from relion_cryofilter.nn.networks import Network, build_network
 from relion_cryofilter.particles.particles import ParticleSet
+from relion_cryofilter.particles.signatures import MODEL
+from relion_cryofilter.particles.stacks import kind_of_file
 from relion_cryofilter.processes import __version__
 from relion_cryofilter.thresholds import (
     CURVE,
@@ -263,6 +265,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             text = (file.metadata() or {}).get(METADATA_KEY)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
+        kind = kind_of_file(path)
+        if kind not in (None, MODEL):
+            raise ModelError(f"{path}: expected a model, but this is {kind}") from error
         raise ModelError(
             f"{path} is not a whole safetensors file ({error}). Expected a model made by "
             "`relion_cryofilter train` or `convert`, or Keras .h5. If it is one, copy it again."
@@ -336,21 +341,33 @@ class Models:
         A pixel size more than 10 % from that of the training is a warning; a recall or precision
         that a model can't answer is a UsageError.
         """
+        # One line for all optics groups in use that are off, and for all models of one training.
+        trainings: dict[tuple[tuple[float, ...], str], list[str]] = {}
         for model in self:
-            trained = model.provenance.get("pixel_sizes_angstrom") or []
-            for group in particles.optics:
+            sizes = tuple(model.provenance.get("pixel_sizes_angstrom") or ())
+            boxes = ", ".join(map(str, model.provenance.get("boxes_px", [])))
+            trainings.setdefault((sizes, boxes), []).append(model.hash)
+        used = [particles.optics[number] for number in np.unique(particles.optics_of).tolist()]
+        for (trained, boxes), hashes in trainings.items():
+            off: dict[str, tuple[float, float]] = {}
+            for group in used:
                 size = group.pixel_size_angstrom
-                if size is None or not trained:
-                    continue
-                off, nearest = min((abs(known / size - 1), known) for known in trained)
-                if off > PIXEL_SIZE_TOLERANCE:
-                    boxes = ", ".join(map(str, model.provenance.get("boxes_px", [])))
-                    log.warning(
-                        "The model (hash %s) was trained at %.3g Å/px (box %s px), but optics "
-                        "group %s has %.3g Å/px. Its scores may be poor: train at this pixel size, "
-                        "or extract with the box and pixel size of the training.",
-                        model.hash, nearest, boxes, group.name, size,
-                    )  # fmt: skip
+                if size is not None and trained:
+                    away, nearest = min((abs(known / size - 1), known) for known in trained)
+                    if away > PIXEL_SIZE_TOLERANCE:
+                        off[group.name] = size, nearest
+            if off:
+                name, (size, nearest) = next(iter(off.items()))
+                span = [f"{edge(s for s, _ in off.values()):.3g}" for edge in (min, max)]
+                others = (
+                    f" (and {len(off) - 1:,} more: {' to '.join(span)})" if len(off) > 1 else ""
+                )
+                log.warning(
+                    "The model (hash %s) was trained at %.3g Å/px (box %s px), but optics "
+                    "group %s has %.3g Å/px%s. Its scores may be poor: train at this pixel size, "
+                    "or extract with the box and pixel size of the training.",
+                    ", ".join(hashes), nearest, boxes, name, size, others,
+                )  # fmt: skip
         if request is not None and request.kind in ("recall", "precision"):
             for model in self:
                 model.curve.threshold(request)

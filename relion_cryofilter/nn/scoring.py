@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from relion_cryofilter.files import replacing
-from relion_cryofilter.images.bad import BadImages, check_stacks
+from relion_cryofilter.images.bad import BadImages, check_stacks, say_unsigned
 from relion_cryofilter.images.batches import find_faults, map_batches
 from relion_cryofilter.images.preprocess import Preprocess
 from relion_cryofilter.kinds import gpu_numbers
 from relion_cryofilter.nn.model import Model
 from relion_cryofilter.nn.networks import CPU, choose_devices
 from relion_cryofilter.nn.score_cache import ScoreCache
-from relion_cryofilter.options import ModelOptions
+from relion_cryofilter.options import ModelOptions, ScoreOptions
 from relion_cryofilter.particles.particles import ParticleSet
 from relion_cryofilter.processes import ALONE, Ranks
 from relion_cryofilter.progress import Progress
@@ -66,6 +66,7 @@ class How:
     batch_size: int | None = None  # see `map_batches`
     tta: bool = False  # average over the eight flips and rotations
     skip_bad: bool = False  # score bad images 0; otherwise they are an error
+    skipping: str = ScoreOptions.skipping  # what is said then of --skip_bad
     ranks: Ranks = ALONE  # the processes that share the images; the first gets the scores of all
 
     @classmethod
@@ -73,8 +74,9 @@ class How:
         """Return what the options say."""
         devices = ranks.device(choose_devices(gpu_numbers(options.gpu)))
         return cls(
-            options.threads, devices, options.batch_size, options.tta, options.skip_bad, ranks
-        )
+            options.threads, devices, options.batch_size, options.tta, options.skip_bad,
+            options.skipping, ranks,
+        )  # fmt: skip
 
 
 def score_particles(
@@ -110,8 +112,9 @@ def score_particles(
     """
     # What is known already, and this process's share of the rest in the order of the disk.
     headers, bad = check_stacks(particles)
+    say_unsigned(headers)
     if not how.skip_bad:
-        bad.refuse()
+        bad.refuse(how.skipping)
     bad.refuse_if_all()
     values = np.full(len(particles), np.nan) if cache is None else cache.values.copy()
     values[bad.rows] = 0
@@ -148,7 +151,7 @@ def score_particles(
         features.close(bad.rows)
         bad.refuse_if_all()
         if not how.skip_bad:
-            bad.refuse()
+            bad.refuse(how.skipping)
     return Scores(values, bad, progress.seconds, n_known, features.rows, features.sample)
 
 

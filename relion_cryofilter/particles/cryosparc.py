@@ -21,6 +21,7 @@ from relion_cryofilter.particles.particles import OpticsGroup, ParticleSet, numb
 log = logging.getLogger("relion_cryofilter")
 
 TOOLS = "cryosparc-tools"
+_CLASSES_3D = ("alignments3D_multi/", "alignments_class3D", "alignments_class_")
 CS_SUFFIXES = (".cs", ".csg")
 SCORE_FIELD = "cryofilter/score"
 
@@ -144,6 +145,11 @@ class CsTable:
     def classes(self) -> np.ndarray:
         """Return the numbers of the 2D classes, (n,) int64."""
         cure = "Give the particles of a 2D Classification or Select 2D job."
+        if any(name.startswith(_CLASSES_3D) for name in self.labels):
+            cure = (
+                "These are sorted into 3D classes: give the outputs of the good ones as --pos and "
+                "those of the others as --neg (particles_class_0.cs and so on)."
+            )
         return self.needed("alignments2D/class", cure).astype(np.int64)
 
     def write(
@@ -291,8 +297,16 @@ def particles_of_cs(table: CsTable, project: Path | None = None) -> ParticleSet:
         "Name the file that has it: --passthrough J12_passthrough_particles.cs, or give the .csg "
         "result group, which names both."
     )
-    paths = (text.removeprefix(_HERE) for text in table.needed("blob/path", cure))
-    names, stack_of = numbered(paths)
+    paths = table.needed("blob/path", cure)
+    names, stack_of = numbered(str(text).removeprefix(_HERE) for text in paths)
+    for number, name in enumerate(names):
+        if not name.strip():
+            row = int(np.argmax(stack_of == number))
+            raise CryoSparcError(
+                f"{table.place(row)}: blob/path is empty; expected the path of an image stack. "
+                f"{(stack_of == number).sum():,} particles have none: remove them in CryoSPARC "
+                "(Particle Sets Tool), or export them again."
+            )
     # A stack that holds images of both signs is two.
     sign = table.column("blob/sign")
     dark = np.zeros(len(table), bool) if sign is None else sign < 0

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.errors import CryoFilterError, UsageError
-from relion_cryofilter.particles.cryosparc import CS_SUFFIXES
 from relion_cryofilter.particles.particles import (
     ParticleSet,
     Table,
@@ -24,9 +23,8 @@ from relion_cryofilter.particles.selections import (
     sizes_in_words,
 )
 from relion_cryofilter.particles.splits import short_hash
-from relion_cryofilter.particles.tables import read_particle_file
-
-STACK_SUFFIXES = (".mrcs", ".mrc", ".st")
+from relion_cryofilter.particles.stacks import is_stack
+from relion_cryofilter.particles.tables import is_cryosparc, read_particle_file
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -124,8 +122,8 @@ def read_labels(
             if not paths:
                 raise UsageError(f"{name} names no file; training and metrics need both sides.")
             for path in paths:
-                stack = path.suffix in STACK_SUFFIXES
-                side.append(particles_of_stacks([path]) if stack else read_particle_file(path))
+                read = read_particle_file
+                side.append(particles_of_stacks([path]) if is_stack(path) else read(path))
         note = f"Labels from files: {len(pos)} positive, {len(neg)} negative."
         labelled = labelled_particles(sides[0], sides[1], note)
     elif in_parts is None:
@@ -240,9 +238,9 @@ def _refuse_without_choice(particles_star: Path) -> None:
     """Raise a UsageError for what can't be a Select job's particles."""
     if not particles_star.is_file():
         raise UsageError(f"--in_parts {particles_star} does not exist (in {Path.cwd()}).")
-    if particles_star.suffix in STACK_SUFFIXES:
+    if is_stack(particles_star):
         raise UsageError(f"{particles_star} is an image stack; give stacks as --pos and --neg.")
-    if particles_star.suffix in CS_SUFFIXES:
+    if is_cryosparc(particles_star):
         raise UsageError(
             f"{particles_star} holds no labels. Give the two particle outputs of Select 2D as "
             "--pos particles_selected.cs --neg particles_excluded.cs, or --pos_classes."

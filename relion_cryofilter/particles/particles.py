@@ -28,6 +28,8 @@ from relion_cryofilter.progress import counted
 
 _LARGEST_INDEX = 2**31 - 1  # RELION and the MRC header count images with 32 bits
 _MOST_IMAGES = 10_000_000  # more missing ones are a damaged header, not a truncated stack
+_NO_NAMES = {"", "null", "none", "nan", "na", "n/a", "<na>", "undefined", "unknown", "-", "0"}
+_TRIED = 100  # so many stacks tell which folder their names are relative to
 _LABELS = (IMAGE_NAME, MICROGRAPH_NAME, OPTICS_GROUP)  # the columns that are read
 Numbered: TypeAlias = tuple[Iterable[str], np.ndarray]  # names, each once; of each row its number
 
@@ -69,11 +71,13 @@ def parse_image_name(name: str) -> tuple[int, str]:
     """Split ``000012@path/x.mrcs`` into (11, ``path/x.mrcs``); only this module knows 1-based.
 
     A name without ``@`` is a file with one image: index 0. RELION's type suffix (``x.mrc:mrcs``)
-    is taken off. What has no number of at least 1, or no path, is a ValueError.
+    and CryoSPARC's leading ``>`` are taken off. What has no number of at least 1, or no path, is a
+    ValueError.
     """
-    number, at, path = name.partition("@")
+    number, at, path = name.removeprefix(">").partition("@")
     if not at:
         number, path = "1", name
+    path = path.removeprefix(">")
     whole = number.isascii() and number.isdecimal()
     if not (whole and path and 1 <= int(number) <= _LARGEST_INDEX):
         raise ValueError(name)
@@ -97,7 +101,8 @@ def parse_image_names(
     if len(parts) == 2 * len(names) and all(map(contains, names, repeat("@"))):
         digits = "".join(numbers)
         plain = digits.isascii() and digits.isdecimal() and all(numbers)
-        if plain and all(stacks) and ":" not in "".join(stacks):
+        path_text = "".join(stacks)
+        if plain and all(stacks) and ":" not in path_text and ">" not in path_text:
             places = [int(number) - 1 for number in numbers]
             if min(places) >= 0 and max(places) < _LARGEST_INDEX:
                 return places, stacks
@@ -229,10 +234,21 @@ def particle_set(
 ) -> ParticleSet:
     """Return particles whose stacks are named from `root`, with what stands in for None.
 
-    Every reader ends here: micrographs that are None are the stacks, optics are one group.
+    Every reader ends here: micrographs that are None are the stacks, as are those whose names are
+    none (``null``), and optics are one group.
     """
     names, stack_of = tuple(stacks[0]), stacks[1].astype(np.int32, copy=False)
     groups, optics_of = optics or ([OpticsGroup("1")], np.zeros(len(stack_of)))
+    # A name that is none stands for no micrograph: the image's stack stands in.
+    if micrographs is not None:
+        known = list(micrographs[0])
+        none = np.array([name.strip().lower() in _NO_NAMES for name in known], bool)
+        if none.all():
+            micrographs = None
+        elif none.any():
+            nameless, seen = none[micrographs[1]], {name: n for n, name in enumerate(known)}
+            stands_in = numbers_of(names, seen)[stack_of]
+            micrographs = list(seen), np.where(nameless, stands_in, micrographs[1])
     mics, micrograph_of = micrographs or (names, stack_of)
     return ParticleSet(
         source=str(source),
@@ -297,7 +313,7 @@ def read_particles(path: str | Path) -> ParticleSet:
             "with the job that wrote it."
         )
     named = (micrographs, micrograph_of) if micrographs else None
-    root = project_root(path, next(iter(stacks)))
+    root = project_root(path, list(stacks))
     optics = groups.values(), optics_of
     return particle_set(path, root, (stacks, stack_of), index, named, optics, table=loop)
 
@@ -360,16 +376,24 @@ def concatenate(sets: Sequence[ParticleSet]) -> ParticleSet:
     return replace(joined, stacks=paths, has_micrographs=named)
 
 
-def project_root(star_path: Path, first_stack: str) -> Path:
+def project_root(star_path: Path, stacks: Sequence[str]) -> Path:
     """Return the folder that image paths are relative to, ``Path()`` for the working directory.
 
     RELION's rule is the working directory, which is the project. When run from elsewhere: the
     nearest parent of the STAR file that holds default_pipeline.star, or a folder above the STAR
-    file (CryoSPARC's project, for csparc2star); the first in which the first row's stack exists.
+    file (CryoSPARC's project, for csparc2star); the first of those in which most stacks exist, of
+    a hundred that are spread over the file.
     """
+    tried = [stacks[n] for n in np.unique(np.linspace(0, len(stacks) - 1, _TRIED).astype(int))]
+    most, best = 0, None
     project = find_project(star_path.parent)
     here = Path()
     for folder in filter(None, (here, project, star_path.parent, *star_path.resolve().parents)):
-        if (folder / first_stack).is_file():
-            return folder
+        there = sum((folder / name).is_file() for name in tried)
+        if there > most:
+            most, best = there, folder
+        if there == len(tried):
+            break
+    if best is not None:
+        return best
     return here if project is None or find_project(here) == here.resolve() else project

@@ -1,9 +1,10 @@
 """The image reader: MRC stacks of any mode, read in stack order, in batches of bounded memory.
 
-MRC2014 format: A. Cheng et al., J. Struct. Biol. 192, 146 (2015). Modes read: 0 (int8),
-1 (int16), 2 (float32), 6 (uint16), 12 (float16); either byte order; any extended header. As in
-RELION, the third dimension counts images whatever the header says about volumes, and neither the
-MAP stamp nor the machine stamp is needed. A stack is refused for these reasons and no others:
+MRC2014 format: A. Cheng et al., J. Struct. Biol. 192, 146 (2015). Modes read: 0 (int8, or
+uint8 where IMOD's flags or the header's maximum say so), 1 (int16), 2 (float32), 6 (uint16), 12
+(float16); either byte order; any extended header. As in RELION, the third dimension counts images
+whatever the header says about volumes, and neither the MAP stamp nor the machine stamp is needed.
+A stack is refused for these reasons and no others:
 
 1. It can't be read.
 2. In neither byte order do its first 1024 bytes give sizes from 1 to 65536 px, images, a mode from
@@ -30,16 +31,25 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.errors import ImageError
+from relion_cryofilter.particles.signatures import (
+    IMAGES,
+    STAR,
+    FileKind,
+    first_bytes,
+    kind_of_bytes,
+)
 
-HEADER_BYTES = 1024
+HEADER_BYTES, STACK_SUFFIXES = 1024, (".mrcs", ".mrc", ".st")
 MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 _MAX_BOX_PX = 65536
 _MAX_READ_BYTES = 1 << 30
-# Sizes in px, the cell's width in px and Å, and the bytes of the extended header.
+_IMOD_STAMP, _SIGNED_BYTES = 1146047817, 1  # and the bit of IMOD's flags
+# Sizes in px, the cell's width in px and Å, the bytes of the extended header, the largest value,
+# and IMOD's stamp and flags.
 _HEADER = np.dtype({
-    "names": ["nx", "ny", "nz", "mode", "mx", "cell_x", "extended"],
-    "formats": ["i4", "i4", "i4", "i4", "i4", "f4", "i4"],
-    "offsets": [0, 4, 8, 12, 28, 40, 92],
+    "names": ["nx", "ny", "nz", "mode", "mx", "cell_x", "extended", "largest", "imod", "flags"],
+    "formats": ["i4", "i4", "i4", "i4", "i4", "f4", "i4", "f4", "i4", "i4"],
+    "offsets": [0, 4, 8, 12, 28, 40, 92, 80, 152, 156],
     "itemsize": HEADER_BYTES,
 })  # fmt: skip
 
@@ -80,26 +90,47 @@ def read_header(path: Path) -> StackHeader:
         if len(raw) < HEADER_BYTES:
             continue
         header = np.frombuffer(raw, _HEADER.newbyteorder(order))[0]
-        nx, ny, nz, mode, mx, cell_x, extended = header.item()
+        nx, ny, nz, mode, mx, cell_x, extended, largest, imod, flags = header.item()
         sizes = 0 < nx <= _MAX_BOX_PX and 0 < ny <= _MAX_BOX_PX and nz > 0
         if sizes and 0 <= mode <= 101 and extended >= 0:
             break
     else:
+        kind = kind_of_bytes(raw)
+        found = f"it is {kind}" if kind else "Check the file, or extract it again."
         raise ImageError(
             f"{path}: not an MRC stack (no sensible MRC header in its first {HEADER_BYTES} "
-            "bytes). Check the file, or extract it again."
+            f"bytes){'; ' if kind else '. '}{found}"
         )
     if mode not in MODES:
         raise ImageError(
             f"{path}: MRC mode {mode}; expected one of {', '.join(map(str, MODES))}. "
             "Convert it, e.g. with relion_image_handler."
         )
-    dtype = np.dtype(order + MODES[mode])
+    unsigned = 127 < largest <= 255 or (imod == _IMOD_STAMP and not flags & _SIGNED_BYTES)
+    dtype = np.dtype(order + ("u1" if mode == 0 and unsigned else MODES[mode]))
     offset = HEADER_BYTES + extended
     complete = min(nz, max(0, size - offset) // (ny * nx * dtype.itemsize))
     pixel_size = cell_x / mx if mx > 0 else 0.0
     known = pixel_size > 0 and pixel_size != 1.0 and np.isfinite(pixel_size)
     return StackHeader(path, nz, ny, nx, dtype, offset, complete, pixel_size if known else None)
+
+
+def kind_of_file(path: Path) -> FileKind | None:
+    """Return what a file is by its first bytes; None for text that is no STAR file."""
+    kind = kind_of_bytes(first_bytes(path))
+    if kind in (None, STAR):
+        return kind
+    try:
+        read_header(path)
+    except ImageError as error:
+        return IMAGES if ": MRC mode" in str(error) else kind
+    return IMAGES
+
+
+def is_stack(path: Path) -> bool:
+    """Tell whether a file is a stack of images: by its first bytes, or, if they don't say, name."""
+    kind = kind_of_file(path)
+    return kind is IMAGES or (kind is None and path.suffix in STACK_SUFFIXES)
 
 
 @dataclass(frozen=True)
@@ -173,7 +204,7 @@ class StackReader:
     def read(self, plan: BatchPlan) -> np.ndarray:
         """Return the images of a batch (n, ny, nx), good until the next call.
 
-        In native byte order, float32, float16, int8 or int16 as stored, uint16 as float32. Images
+        In native byte order, float32, float16, int8 or int16 as stored, others as float32. Images
         of inverted stacks have their contrast inverted (those of whole numbers as float32).
 
         Raises

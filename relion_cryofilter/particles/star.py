@@ -2,7 +2,7 @@
 
 A particle file is refused, with file, line and cure, for these reasons and no others:
 
-1. It can't be read, is no STAR file, or has text before its first ``data_`` block.
+1. It can't be read, is no STAR file (see `signatures`), or has text before its first ``data_``.
 2. It has a carriage return (a Windows line end), or a label glued to its number.
 3. No loop has rlnImageName, several have and none or both are named ``particles`` or ``images``,
    or the loop has no rows.
@@ -33,6 +33,8 @@ import numpy as np
 
 from relion_cryofilter.errors import StarError
 from relion_cryofilter.files import SCORE_LABEL, replacing
+from relion_cryofilter.particles.signatures import STAR
+from relion_cryofilter.particles.stacks import kind_of_file
 
 IMAGE_NAME = "rlnImageName"
 MICROGRAPH_NAME = "rlnMicrographName"
@@ -181,7 +183,8 @@ class Loop:
         first = 0
         for chunk in self.column_chunks(present) if present else ():
             for label, texts in zip(present, chunk):
-                found[label][first : first + len(texts)] = _numbers(texts)
+                with np.errstate(over="ignore"):  # 1e300 is infinite
+                    found[label][first : first + len(texts)] = _numbers(texts)
             first += len(chunk[0])
         return found
 
@@ -311,6 +314,9 @@ class StarFile:
 
 def read_star(path: Path) -> StarFile:
     """Read the layout of a STAR file; a StarError for reasons 1 and 2 of this module."""
+    kind = kind_of_file(path)
+    if kind not in (None, STAR):
+        raise StarError(f"{path}: expected a STAR file, but this is {kind}")
     scanner = _Scanner(path)
     try:
         with path.open("rb", buffering=0) as file:

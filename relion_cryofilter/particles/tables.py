@@ -18,6 +18,7 @@ from relion_cryofilter.particles.particles import (
     particle_set,
     read_particles,
 )
+from relion_cryofilter.particles.signatures import CRYOSPARC, first_bytes, kind_of_bytes
 from relion_cryofilter.particles.star import (
     IMAGE_NAME,
     IMAGE_PIXEL_SIZE,
@@ -39,7 +40,7 @@ def read_particle_file(
     For the latter: `passthrough` has other fields of the same particles, and `project` is the
     folder that image paths are relative to (found if not given).
     """
-    if path.suffix in CS_SUFFIXES:
+    if is_cryosparc(path):
         return particles_of_cs(read_cs(path, passthrough), project)
     if passthrough or project:
         raise UsageError(f"--passthrough and --project_dir are for .cs files; {path} is none.")
@@ -48,7 +49,12 @@ def read_particle_file(
 
 def read_table(path: Path) -> Table:
     """Read the table of a particle file, STAR or .cs, without its images."""
-    return read_cs(path) if path.suffix in CS_SUFFIXES else particle_loop(read_star(path))
+    return read_cs(path) if is_cryosparc(path) else particle_loop(read_star(path))
+
+
+def is_cryosparc(path: Path) -> bool:
+    """Tell whether a file is CryoSPARC's: by its name, as for .csg, or by its first bytes."""
+    return path.suffix in CS_SUFFIXES or kind_of_bytes(first_bytes(path)) is CRYOSPARC
 
 
 Frames: TypeAlias = Union["pd.DataFrame", Mapping[str, "pd.DataFrame"]]

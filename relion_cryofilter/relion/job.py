@@ -20,10 +20,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from relion_cryofilter.errors import Aborted, CryoFilterError, UsageError
+from relion_cryofilter.errors import Aborted, CryoFilterError, UsageError, readable
 from relion_cryofilter.files import find_project
 from relion_cryofilter.options import JOB_MODES, MODES
 from relion_cryofilter.processes import process_number
+from relion_cryofilter.relion.advice import advice_on
 
 SUCCESS = "RELION_JOB_EXIT_SUCCESS"
 FAILURE = "RELION_JOB_EXIT_FAILURE"
@@ -31,7 +32,6 @@ ABORTED = "RELION_JOB_EXIT_ABORTED"
 ABORT_NOW = "RELION_JOB_ABORT_NOW"
 PIPELINE_CHANGED = ".pipeline_has_changed"
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGXCPU)
-_SEARCH_PATHS = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")
 
 
 class Terminated(BaseException):
@@ -186,7 +186,7 @@ def _report(error: BaseException, folder: JobFolder | None, verbose: bool) -> in
     elif isinstance(error, Terminated | KeyboardInterrupt):
         code = 143
         _say(f"Ended by {str(error) or 'the keyboard'} before the job was done. Start it again.")
-    elif advice := _environment_advice(error):
+    elif advice := advice_on(error):
         _say(advice)
     elif isinstance(error, CryoFilterError):
         code = 2 if isinstance(error, UsageError) else 1
@@ -205,32 +205,9 @@ def _report(error: BaseException, folder: JobFolder | None, verbose: bool) -> in
     return code
 
 
-def _environment_advice(error: BaseException) -> str:
-    """Return what to do about packages that are missing or broken, or hidden by others; or ""."""
-    own = getattr(error, "name", None) or ""
-    if isinstance(error, ImportError):
-        if own.partition(".")[0] == "relion_cryofilter":
-            return ""
-    elif not (isinstance(error, OSError) and ".so" in str(error)):
-        return ""
-    if isinstance(error, ModuleNotFoundError):
-        return (
-            f"This Python ({sys.executable}) has no {error.name}. Install relion_cryofilter with "
-            "its requirements (pip install relion_cryofilter), or name the interpreter of the "
-            "environment that has them: /path/to/env/bin/python external_job.py"
-        )
-    foreign = [f"{name}={os.environ[name]}" for name in _SEARCH_PATHS if os.environ.get(name)]
-    cause = f" {' and '.join(foreign)} may bring in another program's files." if foreign else ""
-    return (
-        f"A package of this Python ({sys.executable}) can't be loaded: {error}.{cause} Start the "
-        "job with /path/to/env/bin/python -E external_job.py (-E ignores PYTHONPATH), or install "
-        "the packages again."
-    )
-
-
 def _say(text: str) -> None:
     sys.stdout.flush()
-    print(f"ERROR: {text}", file=sys.stderr, flush=True)
+    print(f"ERROR: {readable(text)}", file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relion_cryofilter.files import LOGFILE, REPORT, replacing, write_text
+from relion_cryofilter.files import LOGFILE, REPORT, remove_file, replacing, write_text
 from relion_cryofilter.images.thumbnails import THUMBNAIL_PX, sprite
 from relion_cryofilter.progress import duration
 from relion_cryofilter.results.charts import Chart, clean, printable
@@ -117,7 +117,7 @@ def write_report(folder: Path, collect: Callable[[], Report]) -> tuple[Output, .
         write_html(folder / REPORT, report, pages)
     except Exception as error:  # whatever it is, the results are there and must stay a success
         for name in (LOGFILE, REPORT):
-            (folder / name).unlink(missing_ok=True)
+            remove_file(folder / name)
         log.warning(
             "No report (%s, %s) could be made: %s: %s. The results themselves are complete; "
             "--verbose shows where it failed.", LOGFILE, REPORT, type(error).__name__,
@@ -216,7 +216,7 @@ def write_pdf(path: Path, report: Report, pages: Sequence[ChartPage]) -> None:
                           fontsize=6.5, in_layout=False)  # fmt: skip
 
     # All that, and the charts.
-    with replacing(path) as file, PdfPages(file, metadata={"Title": report.title}) as pdf:
+    with replacing(path) as file, PdfPages(file, metadata={"Title": clean(report.title)}) as pdf:
         for figure in [*figures, *(page.figure for page in pages)]:
             width, height = figure.get_size_inches() + MARGIN_INCH
             margins = Bbox.from_extents(-MARGIN_INCH, -MARGIN_INCH, width, height)
