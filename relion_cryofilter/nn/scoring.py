@@ -19,6 +19,7 @@ from relion_cryofilter.images.bad import BadImages, check_stacks, say_unsigned
 from relion_cryofilter.images.batches import find_faults, map_batches
 from relion_cryofilter.images.preprocess import Preprocess
 from relion_cryofilter.kinds import gpu_numbers
+from relion_cryofilter.nn.home import HOME, SAMPLE, warn_if_far
 from relion_cryofilter.nn.model import Model
 from relion_cryofilter.nn.networks import CPU, choose_devices
 from relion_cryofilter.nn.score_cache import ScoreCache
@@ -47,6 +48,9 @@ class Scores:
     sampled, features
         (s,) rows of a random sample of those that this run and process scored, ascending, and
         their (s, k) features, for the report.
+    outside
+        The share of particles that don't look like the training of the first model (see
+        `home.Home.outside`); NaN if nothing is known of it.
     """
 
     values: np.ndarray
@@ -55,6 +59,7 @@ class Scores:
     n_known: int = 0
     sampled: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     features: np.ndarray = field(default_factory=lambda: np.empty((0, 0), np.float32))
+    outside: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,10 @@ def score_particles(
     how.ranks.wait()  # until all have read what is known
 
     # Batches as they come; scores go to their input rows.
-    scorer = _Scorer(list(models), how, features_path is not None or sample > 0)
+    models = list(models)
+    provenance = models[0].provenance
+    sample = max(sample, SAMPLE if provenance.get(HOME) else 0)
+    scorer = _Scorer(models, how, features_path is not None or sample > 0)
     batches = map_batches(
         scorer, particles, rows, headers, threads=how.threads, batch_size=how.batch_size,
         when_done=lambda done, result: cache.add(done, result.scores) if cache else None,
@@ -152,7 +160,8 @@ def score_particles(
         bad.refuse_if_all()
         if not how.skip_bad:
             bad.refuse(how.skipping)
-    return Scores(values, bad, progress.seconds, n_known, features.rows, features.sample)
+    outside = warn_if_far(provenance, particles, features.rows, features.sample)
+    return Scores(values, bad, progress.seconds, n_known, features.rows, features.sample, outside)
 
 
 class _BatchResult(NamedTuple):

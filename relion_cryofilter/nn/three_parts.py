@@ -17,6 +17,7 @@ import torch
 from relion_cryofilter.evaluation import evaluate
 from relion_cryofilter.files import CHECKPOINT, numbered
 from relion_cryofilter.kinds import gpu_numbers
+from relion_cryofilter.nn.home import HOME, home_of
 from relion_cryofilter.nn.model import ESTIMATE, Model
 from relion_cryofilter.nn.networks import choose_devices
 from relion_cryofilter.nn.task import NOISE_SEED, Task
@@ -121,6 +122,7 @@ class Member:
                 for name, interval in estimates.items()
             },
             CURVE: curve.to_dict(),
+            HOME: home_of(network, self.task, np.concatenate([split.train, rows]), split),
         }
         preprocess = self.task.start.preprocess
         return Model(network, preprocess, threshold, temperature, provenance)

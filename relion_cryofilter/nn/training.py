@@ -17,6 +17,7 @@ from relion_cryofilter.evaluation import Evaluation, evaluate
 from relion_cryofilter.images.contrast import refuse_dark
 from relion_cryofilter.images.small_images import load_small_images
 from relion_cryofilter.nn.crossfit import CrossFit, cross_fit, images_to_show
+from relion_cryofilter.nn.home import HOME, home_of
 from relion_cryofilter.nn.label_noise import (
     LabelNoise,
     calibrate,
@@ -293,6 +294,7 @@ def _with_threshold(
             for name, interval in estimates.items()
         },
         CURVE: curve.to_dict(),
+        HOME: home_of(fit.network, task, rows, folds),
     }
     return Model(fit.network, task.start.preprocess, threshold, temperature, provenance)
 

@@ -20,6 +20,7 @@ from relion_cryofilter.evaluation import curves
 from relion_cryofilter.files import ALL, SCORE_LABEL
 from relion_cryofilter.images.thumbnails import LOW_PASS_ANGSTROM, read_thumbnails
 from relion_cryofilter.kinds import gpu_numbers
+from relion_cryofilter.nn.home import FAR
 from relion_cryofilter.nn.measurement import Measured
 from relion_cryofilter.nn.model import Models
 from relion_cryofilter.nn.scoring import Scores
@@ -86,13 +87,20 @@ def score_report(
         ],
         pictures=pictures,
         galleries=galleries,
-        notes=[*_score_notes(options, particles, chosen), *unknown],
+        notes=[*_score_notes(options, particles, scores, chosen), *unknown],
         sections=micrographs.in_words(),
         command=command,
     )
 
 
-def _score_notes(options: ScoreOptions, particles: ParticleSet, chosen: Chosen) -> Iterator[str]:
+def _score_notes(
+    options: ScoreOptions, particles: ParticleSet, scores: Scores, chosen: Chosen
+) -> Iterator[str]:
+    if scores.outside > FAR:
+        yield (
+            f"Features lie outside those of the model's training for {scores.outside:.0%} of the "
+            "particles: scores may mean nothing."
+        )
     if not options.weights:
         yield (
             "The bundled model knows simulated particles only: look at both sides of the cut "
