@@ -2,12 +2,12 @@
 
     python benchmarks/home.py --real FOLDER --maps FOLDER --work FOLDER [--seeds N] [--out FILE]
 
-Each specimen is a home: a model is fine-tuned on the labels of half of its micrographs
-(with --split 0.7, which trains once and not six times). A run is a
-set that it scores: three fifths of the micrographs of the other half, drawn 20 times (home), or
-the images of another specimen (away). Counted is how many runs are warned of. The simulated
-specimens differ in nothing but the molecule and the pixel size that makes it half a box wide; the
-real ones are of several microscopes, some without labels, which are away only.
+Each specimen is a home: a model is fine-tuned on the labels of half of its micrographs (with
+--split 0.7, which trains once and not six times). A run is a set that it scores: three fifths of
+the micrographs of the other half, drawn 20 times (home), or 400 images of another specimen (away).
+Counted is how many runs are warned of. The simulated specimens differ in nothing but the molecule
+and the pixel size that makes it half a box wide; the real ones are of several microscopes, some
+without labels, which are away only.
 """
 
 import argparse

@@ -15,15 +15,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from relion_cryofilter.nn.networks import Network
-from relion_cryofilter.nn.task import Task
 from relion_cryofilter.particles.particles import ParticleSet
 from relion_cryofilter.particles.splits import Folds, Split, clusters_of
+
+if TYPE_CHECKING:
+    from relion_cryofilter.nn.task import Task
 
 HOME = "home"
 """Key of the provenance."""
