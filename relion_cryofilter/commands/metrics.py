@@ -106,12 +106,15 @@ def metrics(
 def _warn_of_seen(models: Models, labelled: LabelledSet) -> None:
     """Warn where a model was trained or validated on the micrographs that it is measured on."""
     units = seen_units(labelled.particles)
+    hashes: dict[int, list[str]] = {}  # by how many of them a model has seen
     for model in models:
         shared = len(set(model.provenance.get("seen", ())).intersection(units))
+        hashes.setdefault(shared, []).append(model.hash)
+    for shared, found in hashes.items():
         if shared:
             log.warning(
                 "The model (hash %s) was trained or validated on %d of these %d %ss, so the "
                 "figures are too good. Honest ones are in its training's metrics.json; of one with "
                 "--split, measure on the test part: --split and --seed as there.",
-                model.hash, shared, len(units), clusters_of(labelled.particles)[1],
+                ", ".join(found), shared, len(units), clusters_of(labelled.particles)[1],
             )  # fmt: skip
