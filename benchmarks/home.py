@@ -4,10 +4,10 @@
 
 Each specimen is a home: a model is fine-tuned on the labels of half of its micrographs (with
 --split 0.7, which trains once and not six times). A run is a set that it scores: three fifths of
-the micrographs of the other half, drawn 20 times (home), or 400 images of another specimen (away).
-Counted is how many runs are warned of. The simulated specimens differ in nothing but the molecule
-and the pixel size that makes it half a box wide; the real ones are of several microscopes, some
-without labels, which are away only.
+the micrographs of the other half, drawn 20 times (home), or a thousand images of another specimen
+(away). Counted is how many runs are warned of. The simulated specimens differ in nothing but the
+molecule and the pixel size that makes it half a box wide; the real ones are of several
+microscopes, some without labels, which are away only.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from sklearn.metrics import roc_auc_score
 from variety import molecule_of_map
 
 from relion_cryofilter.commands.train import train
-from relion_cryofilter.nn.home import FAR, HOME, Home, sample_groups
+from relion_cryofilter.nn.home import FAR, HOME, SAMPLE, Home, sample_groups
 from relion_cryofilter.nn.model import Model, load_model
 from relion_cryofilter.options import TrainOptions
 from relion_cryofilter.simulate import simulate_images
@@ -39,7 +39,7 @@ AWAY_ONLY = (
     "real_negatives",
 )  # fmt: skip
 N_SIMULATED, BOX_PX, SNR, SIZE = 1344, 64, 0.05, 0.5
-HOME_RUNS, SHARE, MOST_AWAY = 20, 0.6, 400
+HOME_RUNS, SHARE = 20, 0.6
 LOST = 0.05  # so much less AUC than at home is a model that does not carry over
 
 
@@ -139,7 +139,7 @@ def main() -> None:
         for other in sets:
             if other is not data:
                 n = len(other.micrographs)
-                rows = np.sort(rng.permutation(n)[:MOST_AWAY])
+                rows = np.sort(rng.permutation(n)[:SAMPLE])
                 scores, features = look(model, other, rows)
                 share = share_outside(home, features, other.micrographs[rows])
                 others.append((other, share, here - auc(other, rows, scores)))

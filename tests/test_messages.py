@@ -178,7 +178,7 @@ def test_one_bad_stack_takes_one_line_and_others_are_named_too(project, capsys):
             file.truncate(size)
     text, _ = said(capsys, score_words())
     assert text.count("mic0.mrcs is truncated") == text.count("mic1.mrcs is truncated") == 1
-    assert text.count("(and 11 more of this stack)") == 2
+    assert text.count(" and 8 more of this stack)") == 2
 
 
 @pytest.mark.parametrize(

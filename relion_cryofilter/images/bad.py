@@ -28,7 +28,7 @@ CONSTANT = "blank (all pixels equal)"
 TOO_LARGE = "with values too large (beyond 1e18) for their scatter to be a float32 number"
 FLAT = "no contrast left after down-sampling"
 
-_NAMED = 5
+_NAMED, _ALSO_NAMED = 5, 3  # causes, and images besides the first of each
 
 
 class BadImages:
@@ -71,7 +71,10 @@ class BadImages:
         for (_, reason, detail), (row, *others) in list(causes.items())[:_NAMED]:
             image, place = self._particles.image_name(row), self._particles.place(row)
             where = image if place == image else f"{place}: {image}"
-            more = f" (and {len(others):,} more of this stack)" if others else ""
+            also = ", ".join(map(self._particles.image_name, others[:_ALSO_NAMED]))
+            if (left := len(others) - _ALSO_NAMED) > 0:
+                also += f" and {left:,} more of this stack"
+            more = f" (also {also})" if also else ""
             lines.append(f"  {where}: {detail or reason}{more}".replace("\r", "\\r"))
         if left := sum(map(len, list(causes.values())[_NAMED:])):
             lines.append(f"  … and {left:,} more, in other stacks or for other reasons")
