@@ -25,7 +25,7 @@ def convert(
     """
     if options.weights is None or options.o is None:
         raise UsageError("Give both: relion_cryofilter convert weights.h5 --o model.safetensors")
-    refuse_to_overwrite([options.weights], [options.o])
+    refuse_to_overwrite([options.weights], [options.o], "model")
     model = import_keras(options.weights, f=options.f, dim=options.img_dim)
     options.o.parent.mkdir(parents=True, exist_ok=True)
     model.save(options.o)

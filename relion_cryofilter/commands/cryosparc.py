@@ -22,6 +22,7 @@ import numpy as np
 
 from relion_cryofilter.commands.score import filter_particles
 from relion_cryofilter.errors import CryoFilterError, CryoSparcError, UsageError
+from relion_cryofilter.files import replacing
 from relion_cryofilter.options import CryosparcOptions, ScoreOptions
 from relion_cryofilter.particles.cryosparc import TOOLS, CsFile, CsTable, optional, particles_of_cs
 from relion_cryofilter.results.charts import SCORE_HISTOGRAM
@@ -154,7 +155,8 @@ def _filter(
     with _asking("load the particles"):
         particles = job.load_input(INPUT)
     source = results / "input.cs"
-    particles.save(source)
+    with replacing(source) as file:
+        particles.save(file)
     names = ("weights", "threshold", "skip_bad", "any_contrast", "gpu", "j", "quiet", "verbose")
     same = {name: getattr(options, name) for name in names}
     table = CsTable(source, CsFile(source, particles, np.dtype([])))

@@ -13,6 +13,7 @@ from relion_cryofilter.results.outputs import (
     Output,
     log_files,
     refuse_to_overwrite,
+    results_folder,
     subset_names,
     write_subsets,
 )
@@ -37,6 +38,7 @@ def select(
             "Give --in_parts scored.star, --threshold (0.5, keep=0.6, count=50000 …) and --o DIR/."
         )
     refuse_to_overwrite([options.in_parts], [options.o / name for name in subset_names()])
+    results_folder(options.o)
     table = read_table(options.in_parts)
     scores = table.scores(options.score_label)
     log.info(
@@ -62,7 +64,6 @@ def select(
     chosen = Chosen(scores, accepted, threshold, reason)
 
     # Write.
-    options.o.mkdir(parents=True, exist_ok=True)
     chosen.warn_if_none()
     outputs, holds = write_subsets(options.o, table, chosen.accepted)
     log_files(options.o, holds, f"Threshold {threshold:g} ({reason}): {chosen.describe()}.")

@@ -49,9 +49,12 @@ def train(
     Aborted
         `abort_requested` said True.
     """
-    folder = results_folder(options.o, options.out_dir)
-    refuse_to_overwrite([options.init or BUNDLED_MODEL], [(options.weight_dir or folder) / MODEL])
-    history = options.history_dir or folder
+    folder = options.o or options.out_dir
+    weights, history = options.weight_dir or folder, options.history_dir or folder
+    if weights is not None:
+        paths = [weights / numbered(MODEL, n) for n in range(1, options.ensemble + 1)]
+        refuse_to_overwrite([options.init or BUNDLED_MODEL], paths, "model")
+    folder, _, history = map(results_folder, (folder, weights, history))
     trained = train_models(
         read_labels(
             options.in_parts, options.pos, options.neg, options.pos_classes, options.neg_classes

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.errors import CryoFilterError, StarError, UsageError
-from relion_cryofilter.files import find_project
+from relion_cryofilter.inputs import seen
 from relion_cryofilter.particles.cryosparc import CS_SUFFIXES
 from relion_cryofilter.particles.particles import (
     ParticleSet,
     concatenate,
     particles_of_stacks,
+    project_root,
     read_particles,
 )
 from relion_cryofilter.particles.splits import short_hash
@@ -253,7 +254,7 @@ def _classified_particles(folder: Path, particles_star: Path) -> Path:
     loop = job_star.loop("joboptions_values")
     options = loop.columns(["rlnJobOptionVariable", "rlnJobOptionValue"]) if loop else ()
     model = next((value for name, value in options if name == "fn_model"), "")
-    root = Path() if Path(model).is_file() else find_project(folder) or Path()
+    root = project_root(particles_star, model)
     if model.endswith("_model.star"):
         data_star = root / model.replace("_model.star", "_data.star")
     elif model.endswith("_optimiser.star"):
@@ -279,6 +280,7 @@ def _small_table(path: Path, *labels: str) -> dict[str, list[str]]:
 
     linecache.clearcache()  # or starfile may give a file's text of before
     try:
+        seen(path, path.stat())
         tables = starfile.read(path, always_dict=True, parse_as_string=list(labels))
     except OSError as error:
         raise CryoFilterError(f"{path}: can't be read ({error.strerror or 'missing'}).") from error
