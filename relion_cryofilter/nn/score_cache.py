@@ -60,14 +60,14 @@ class _Record:
         """Read a record; a ValueError, or the like, if it is none."""
         line, _, values = body.partition(b"\n")
         about = json.loads(line)
-        n = about["n"]
-        if len(values) != 12 * n:
-            raise ValueError(n)
+        n, stack = about["n"], about["stack"]
+        if not isinstance(stack, str) or len(values) != 12 * n:
+            raise ValueError(about)
         places = np.frombuffer(values, "<u4", n).astype(np.int64)
         scores = np.frombuffer(values, "<f8", n, 4 * n)
         if not ((scores >= 0) & (scores <= 1)).all():
             raise ValueError(scores)
-        return cls(about["key"], about["stack"], tuple(about["identity"]), places, scores)
+        return cls(about["key"], stack, tuple(about["identity"]), places, scores)
 
 
 class ScoreCache:
