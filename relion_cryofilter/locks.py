@@ -33,6 +33,7 @@ from typing import Any
 
 from relion_cryofilter.errors import UsageError
 from relion_cryofilter.files import claim
+from relion_cryofilter.inputs import watching
 from relion_cryofilter.processes import process_number
 
 NAME = ".cryofilter.lock"
@@ -72,11 +73,12 @@ def release(folder: Path) -> None:
 
 
 @contextmanager
-def releasing() -> Iterator[None]:
-    """Release after the block what was taken within it."""
+def one_run() -> Iterator[None]:
+    """Watch inputs in the block, or the function it decorates; release what it owned after it."""
     before = set(_held)
     try:
-        yield
+        with watching():
+            yield
     finally:
         for folder in set(_held) - before:
             release(folder)
@@ -163,7 +165,7 @@ class _Lock:
     def free(self) -> None:
         """Remove the file while it is still locked, then let go."""
         self._end.set()
-        self._beat.join()
+        self._beat.join(BEAT_S)
         with suppress(OSError):
             if os.path.samestat(os.fstat(self._descriptor), self.path.lstat()):
                 self.path.unlink()

@@ -365,3 +365,12 @@ def test_a_box_other_than_the_dataset_says_is_not_scored(tmp_path):
           "blob/shape": np.array([[16, 16], [16, 16], [24, 24]], np.uint32)}  # fmt: skip
     _, bad = check_stacks(read_particle_file(write_cs(tmp_path / "J2/particles.cs", cs)))
     assert bad.rows.tolist() == [2]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 7.5, -0.1])
+def test_a_score_that_is_none_is_refused(tmp_path, value):
+    cs = {"uid": np.arange(1, 4, dtype=np.uint64),
+          SCORE_FIELD: np.array([0.5, value, 0.25], np.float32)}  # fmt: skip
+    table = read_cs(write_cs(tmp_path / "J2/particles.cs", cs))
+    with pytest.raises(CryoSparcError, match=r"row 2: cryofilter/score is .* from 0 to 1"):
+        table.scores()

@@ -10,8 +10,6 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
-from relion_cryofilter.inputs import watching
-from relion_cryofilter.locks import releasing
 from relion_cryofilter.processes import leave_ranks, process_count, process_number
 from relion_cryofilter.results.outputs import Output
 
@@ -21,8 +19,7 @@ def run(mode: str, options: Any, abort_requested: Callable[[], bool]) -> tuple[O
     if mode != "score" and process_number():
         return ()  # processes split the images for scoring only
     recipe = getattr(import_module(f"{__name__}.{mode}"), mode)
-    with watching(), releasing():
-        outputs: tuple[Output, ...] = recipe(options, abort_requested)
+    outputs: tuple[Output, ...] = recipe(options, abort_requested)
     if process_count() > 1:
         leave_ranks()
     return outputs

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from relion_cryofilter.errors import UsageError
+from relion_cryofilter.locks import one_run
 from relion_cryofilter.nn.model import import_keras
 from relion_cryofilter.options import ConvertOptions
 from relion_cryofilter.results.outputs import Output, refuse_to_overwrite
@@ -13,6 +14,7 @@ from relion_cryofilter.results.outputs import Output, refuse_to_overwrite
 log = logging.getLogger("relion_cryofilter")
 
 
+@one_run()
 def convert(
     options: ConvertOptions, abort_requested: Callable[[], bool] = lambda: False
 ) -> tuple[Output, ...]:

@@ -24,6 +24,7 @@ from relion_cryofilter.files import (
     write_text,
 )
 from relion_cryofilter.images.contrast import check_contrast
+from relion_cryofilter.locks import one_run
 from relion_cryofilter.nn import score_cache
 from relion_cryofilter.nn.model import Models, read_models
 from relion_cryofilter.nn.score_cache import ScoreCache
@@ -49,6 +50,7 @@ from relion_cryofilter.thresholds import Chosen
 log = logging.getLogger("relion_cryofilter")
 
 
+@one_run()
 def score(
     options: ScoreOptions, abort_requested: Callable[[], bool] = lambda: False
 ) -> tuple[Output, ...]:

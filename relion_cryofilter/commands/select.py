@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from relion_cryofilter.errors import UsageError
+from relion_cryofilter.locks import one_run
 from relion_cryofilter.options import SelectOptions
 from relion_cryofilter.particles.tables import read_table
 from relion_cryofilter.progress import counted
@@ -22,6 +23,7 @@ from relion_cryofilter.thresholds import Chosen, choose_threshold, read_curve
 log = logging.getLogger("relion_cryofilter")
 
 
+@one_run()
 def select(
     options: SelectOptions, abort_requested: Callable[[], bool] = lambda: False
 ) -> tuple[Output, ...]:

@@ -15,6 +15,7 @@ from relion_cryofilter.files import (
     REPORT,
     numbered,
 )
+from relion_cryofilter.locks import one_run
 from relion_cryofilter.nn.model import BUNDLED_MODEL
 from relion_cryofilter.nn.selftests import log_self_tests
 from relion_cryofilter.nn.training import Trained, train_models
@@ -34,6 +35,7 @@ from relion_cryofilter.results.report_files import Report, write_report
 log = logging.getLogger("relion_cryofilter")
 
 
+@one_run()
 def train(
     options: TrainOptions, abort_requested: Callable[[], bool] = lambda: False
 ) -> tuple[Output, ...]:

@@ -40,13 +40,13 @@ def require_file(path: str | os.PathLike[str]) -> Path:
         raise ModelError(
             f"Model file {path} doesn't exist. Check the path; it is relative to {Path.cwd()}."
         )
+    seen(path, path.stat())
     return path
 
 
 def is_keras(path: Path) -> bool:
     """Tell whether a file is Keras's, by its first bytes or its name."""
     with path.open("rb") as file:
-        seen(path, os.fstat(file.fileno()))
         signed = file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE
     return signed or path.suffix.lower() in (".h5", ".hdf5")
 

@@ -140,8 +140,15 @@ class CsTable:
 
     def scores(self, label: str = SCORE_LABEL) -> np.ndarray:
         """Return the scores (n,), 0 to 1; they are in one field, whatever the `label`."""
-        values = self.needed(SCORE_FIELD, "Give the particles.cs of a score job.")
-        return np.round(values.astype(float), 6)
+        values = self.needed(SCORE_FIELD, "Give the particles.cs of a score job.").astype(float)
+        bad = np.flatnonzero(~((values >= 0) & (values <= 1)))
+        if len(bad):
+            row = int(bad[0])
+            raise CryoSparcError(
+                f"{self.place(row)}: {SCORE_FIELD} is {values[row]}; expected a score from 0 to 1. "
+                "Give the particles.cs of a score job."
+            )
+        return np.round(values, 6)
 
     def classes(self) -> np.ndarray:
         """Return the numbers of the 2D classes, (n,) int64."""
