@@ -293,9 +293,9 @@ def read_particles(path: str | Path) -> ParticleSet:
         part = slice(first, first + len(chunk[0]))
         index[part], names = parse_image_names(texts[IMAGE_NAME], loop.place, first)
         stack_of[part] = numbers_of(names, stacks)
-        if not all(map(contains, texts[IMAGE_NAME], repeat("@"))):
-            pairs = zip(texts[IMAGE_NAME], names)
-            unnumbered.update(name for text, name in pairs if "@" not in text)
+        for row in np.flatnonzero(index[part] == 0).tolist():  # where a name without number is
+            if "@" not in texts[IMAGE_NAME][row]:
+                unnumbered.add(names[row])
         if MICROGRAPH_NAME in texts:
             micrograph_of[part] = numbers_of(texts[MICROGRAPH_NAME], micrographs)
         if OPTICS_GROUP in texts:
