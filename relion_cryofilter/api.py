@@ -27,6 +27,7 @@ from relion_cryofilter.errors import UsageError, suggestion
 from relion_cryofilter.evaluation import Evaluation
 from relion_cryofilter.files import SCORE_LABEL
 from relion_cryofilter.images.contrast import check_contrast
+from relion_cryofilter.locks import one_run, own
 from relion_cryofilter.nn.measurement import measure
 from relion_cryofilter.nn.model import Model, Models, read_models
 from relion_cryofilter.nn.scoring import How, Scores, score_particles
@@ -140,8 +141,9 @@ def score_images(
         As of `ModelOptions`: threshold, tta, skip_bad, any_contrast, j, gpu, batch_size, …
     """
     chosen = _chosen(ModelOptions, options)
-    found, models = _read(particles, folder), _models(model, chosen)
-    scores = _scores(found, found, models, chosen, progress)
+    with one_run():
+        found, models = _read(particles, folder), _models(model, chosen)
+        scores = _scores(found, found, models, chosen, progress)
     accepted = models.choose(scores.values, chosen.threshold, scores.bad.rows)
     table = particles if is_table(particles) else found
     return ParticleScores(**vars(accepted), bad=scores.bad.rows, _table=table)
@@ -169,10 +171,11 @@ def train_model(
         which a stopped training is resumed.
     """
     chosen = _chosen(TrainOptions, options, but=("o",))
-    labelled = _labelled(good, bad, folder)
     with ExitStack() as stack:
+        stack.enter_context(one_run())
+        labelled = _labelled(good, bad, folder)
         place = chosen.o or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        place.mkdir(parents=True, exist_ok=True)
+        own(place)
         stack.enter_context(listening(progress))
         trained = train_models(
             labelled,
@@ -212,8 +215,9 @@ def evaluate_model(
         AUC and more with 95 % intervals; `to_dict` and `summary` give them as data and as text.
     """
     chosen = _chosen(ModelOptions, options)
-    labelled, models = _labelled(good, bad, folder), _models(model, chosen)
-    scores = _scores(labelled.particles, labelled.good(), models, chosen, progress)
+    with one_run():
+        labelled, models = _labelled(good, bad, folder), _models(model, chosen)
+        scores = _scores(labelled.particles, labelled.good(), models, chosen, progress)
     return measure(labelled, scores, models, chosen.threshold, seed=seed).evaluation
 
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from relion_cryofilter.errors import CryoFilterError, ModelError
+from relion_cryofilter.inputs import seen
 from relion_cryofilter.kinds import EITHER, ThresholdRequest
 
 Floats = NDArray[np.floating[Any]]
@@ -417,6 +418,7 @@ def read_curve(path: Path) -> OperatingCurve:
     from safetensors import SafetensorError, safe_open
 
     try:
+        seen(path, path.stat())
         with safe_open(str(path), framework="np") as file:
             text = (file.metadata() or {})[METADATA_KEY]
         return OperatingCurve.from_dict(json.loads(text)["provenance"][CURVE])

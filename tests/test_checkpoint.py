@@ -259,3 +259,64 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change, message: str)
     rewrite(tmp_path / "model", change_tensors=change)
     with pytest.raises(CryoFilterError, match=message):
         load_model(tmp_path / "model")
+
+
+def in_each(change):
+    """Return what changes the first value of the first convolution's weights."""
+
+    def changed(tensors):
+        name = next(name for name in tensors if name.endswith("weight"))
+        tensors[name] = change(tensors[name].clone())
+
+    return changed
+
+
+def with_first(value):
+    def change(tensor):
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_first(torch.nan), "holds NaN, infinity or values above 1e\\+06"),
+        (with_first(-torch.inf), "holds NaN, infinity"),
+        (with_first(1e20), "values above 1e\\+06"),
+        (torch.Tensor.int, r"holds torch.int32; expected torch.float32"),
+        (lambda t: t.to(torch.complex64), "holds torch.complex64; expected torch.float32"),
+        (lambda t: t.half(), "holds torch.float16; expected torch.float32"),
+        (lambda t: t.double(), "holds torch.float64; expected torch.float32"),
+        (lambda t: 1e5 * t, "hash|no numbers"),
+        (with_first(0.125), "its weights have the hash .* damaged or was edited"),
+    ],
+)
+def test_weights_that_no_training_left_are_refused(tmp_path: Path, change, message: str) -> None:
+    rewrite(tmp_path / "model", change_tensors=in_each(change))
+    with pytest.raises(CryoFilterError, match=f"model: .*({message})"):
+        load_model(tmp_path / "model")
+
+
+def test_a_negative_variance_is_refused() -> None:
+    network = build_network("d4")
+    name = next(name for name in network.state_dict() if name.endswith("variance"))
+    network.state_dict()[name][0] = -1.0
+    with pytest.raises(CryoFilterError, match=f"{name} holds a negative variance"):
+        Model(network, FourierCrop(network.dim), 0.5)
+
+
+def test_weights_that_overflow_together_are_refused() -> None:
+    network = build_network("straight", f=4)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(0).add_(9e5)
+    with pytest.raises(CryoFilterError, match="an image of noise are no numbers"):
+        Model(network, BlurResize(28), 0.5)
+
+
+def test_a_model_file_without_its_hash_is_read(tmp_path: Path) -> None:
+    """As those of before."""
+    rewrite(tmp_path / "model", change_metadata=lambda m: m.pop("hash") and None)
+    assert load_model(tmp_path / "model").hash == MODEL.hash

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from making import CSG_GROUP, SHARED, invert_contrast, part, particles_of, write_cs
+from making import (
+    CSG_GROUP,
+    SHARED,
+    blobs,
+    invert_contrast,
+    part,
+    particles_of,
+    write_cs,
+    write_stack,
+)
 
 from relion_cryofilter.commands.score import score
 from relion_cryofilter.commands.select import select
 from relion_cryofilter.errors import CryoFilterError, CryoSparcError, ImageError, UsageError
+from relion_cryofilter.images.bad import check_stacks
 from relion_cryofilter.options import ScoreOptions, SelectOptions
 from relion_cryofilter.particles.cryosparc import SCORE_FIELD, read_cs
 from relion_cryofilter.particles.labels import read_labels
@@ -73,7 +83,6 @@ def test_a_real_cs_file_comes_back_with_every_field_type_and_uid(path, tmp_path)
 
 @pytest.mark.shared("star_corpus")
 def test_the_real_images_have_the_contrast_that_their_blob_sign_says(shared, tmp_path):
-    from relion_cryofilter.images.bad import check_stacks
     from relion_cryofilter.images.batches import map_batches
     from relion_cryofilter.images.contrast import centre_contrast
     from relion_cryofilter.images.preprocess import FourierCrop
@@ -123,9 +132,6 @@ def test_accepted_and_rejected_split_the_uids_in_order(project, fields):
 
 @pytest.mark.parametrize("mode", [12, 0, 1, 6])
 def test_the_contrast_of_stacks_of_every_mode_is_inverted_exactly(mode, tmp_path):
-    from making import blobs, write_stack
-
-    from relion_cryofilter.images.bad import check_stacks
     from relion_cryofilter.images.batches import map_batches
 
     images = blobs(5, 16) * (10 if mode != 12 else 1) + (60 if mode == 6 else 0)
@@ -335,3 +341,36 @@ def test_cs_options_are_refused_for_star_files_and_inputs_are_never_overwritten(
         scored(path, project / "out", score_label="cryofilterScore")
     with pytest.raises(CryoFilterError, match="would overwrite"):
         scored(path, project / "J2")
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [(np.array([-1, 0, 3], np.int32), "holds 3 images but image 0 is asked for"),
+     (np.array([2**64 - 1, 0, 3], np.uint64), "is asked for"),
+     (np.array([0.5, 0, 1]), "blob/idx holds float64; expected whole numbers")],
+)  # fmt: skip
+def test_an_image_before_the_first_is_a_bad_one(tmp_path, index, message):
+    """The bytes before it are those of the header."""
+    write_stack(tmp_path / "S1/a.mrc", blobs(3, 16), extended=4096)
+    cs = {"uid": np.arange(1, 4, dtype=np.uint64), "blob/path": [">S1/a.mrc"] * 3,
+          "blob/idx": index}  # fmt: skip
+    with pytest.raises(CryoFilterError, match=message):
+        check_stacks(read_particle_file(write_cs(tmp_path / "J2/particles.cs", cs)))[1].refuse()
+
+
+def test_a_box_other_than_the_dataset_says_is_not_scored(tmp_path):
+    write_stack(tmp_path / "S1/a.mrc", blobs(3, 16))
+    cs = {"uid": np.arange(1, 4, dtype=np.uint64), "blob/path": [">S1/a.mrc"] * 3,
+          "blob/idx": np.arange(3, dtype=np.uint32),
+          "blob/shape": np.array([[16, 16], [16, 16], [24, 24]], np.uint32)}  # fmt: skip
+    _, bad = check_stacks(read_particle_file(write_cs(tmp_path / "J2/particles.cs", cs)))
+    assert bad.rows.tolist() == [2]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 7.5, -0.1])
+def test_a_score_that_is_none_is_refused(tmp_path, value):
+    cs = {"uid": np.arange(1, 4, dtype=np.uint64),
+          SCORE_FIELD: np.array([0.5, value, 0.25], np.float32)}  # fmt: skip
+    table = read_cs(write_cs(tmp_path / "J2/particles.cs", cs))
+    with pytest.raises(CryoSparcError, match=r"row 2: cryofilter/score is .* from 0 to 1"):
+        table.scores()

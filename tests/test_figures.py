@@ -14,6 +14,7 @@ from making import made_set
 from matplotlib.figure import Figure
 
 from relion_cryofilter.evaluation import curves, evaluate
+from relion_cryofilter.files import write_text
 from relion_cryofilter.results import charts
 from relion_cryofilter.results.summaries import cuts_of, histogram_of
 
@@ -140,7 +141,7 @@ def test_figures_do_without_pyplot_and_names_without_matplotlib(tmp_path):
 def test_a_broken_matplotlib_costs_the_report_and_nothing_else(tmp_path, monkeypatch, caplog):
     from relion_cryofilter.results.report_files import write_report
 
-    (tmp_path / "report.html").write_text("of an earlier run")
+    write_text(tmp_path / "report.html", "of an earlier run")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with caplog.at_level(logging.WARNING):
         assert write_report(tmp_path, lambda: SimpleNamespace(charts=[])) == ()

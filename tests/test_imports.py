@@ -12,9 +12,9 @@ from making import ROOT
 
 PACKAGE = ROOT / "relion_cryofilter"
 LINE = (
-    "errors", "files", "processes", "kinds", "options", "thresholds", "progress", "evaluation",
-    "particles", "simulate", "images", "nn", "results", "commands", "api", "cli", "relion",
-    "doppio",
+    "errors", "inputs", "files", "processes", "locks", "kinds", "options", "thresholds", "progress",
+    "evaluation", "particles", "simulate", "images", "nn", "results", "commands", "api", "cli",
+    "relion", "doppio",
 )  # fmt: skip
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

@@ -449,3 +449,23 @@ def test_a_template_quotes_what_has_spaces():
     text = job_star({"mode": ["score"], "in_parts": ["my", "file.star"], "tta": []})
     assert 'in_part "my file.star"\n' in text
     assert "param2_value Yes\n" in text
+
+
+def test_the_counts_of_a_run_with_missing_images_add_up(project, capsys):
+    """Missing ones were neither scored nor known."""
+    Path("Extract/job001/Mics/mic1.mrcs").unlink()
+    assert job.main(score_words("--skip_bad --any_contrast").split()) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.match(r"Scored 36 particles in .*, 12 can't be used: ", last)
+    assert "known" not in last
+    assert job.main(score_words("--skip_bad --any_contrast").split()) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("36 were known, 12 can't be used: ")
+
+
+def test_a_model_that_gives_an_image_no_score_is_refused(project, monkeypatch, capsys):
+    from relion_cryofilter.nn.model import Model
+
+    monkeypatch.setattr(Model, "_score", lambda self, logits: logits * float("nan"))
+    assert job.main(score_words("--any_contrast").split()) == 1
+    assert "gives no score for 48 of 48 images" in capsys.readouterr().err
+    assert not any(Path(JOB, name).exists() for name in RESULTS)

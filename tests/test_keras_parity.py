@@ -199,3 +199,22 @@ def test_without_h5py_the_message_says_how_to_install_it(tmp_path: Path, monkeyp
     monkeypatch.setattr(importlib, "import_module", without_h5py)
     with pytest.raises(CryoFilterError, match=r'pip install "relion_cryofilter\[keras\]"'):
         import_keras(tmp_path / "weights.h5")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [(np.nan, "holds NaN"), (np.inf, "holds NaN, infinity"), (1e30, "values above"),
+     ("int", "of type int64"), ("complex", "of type complex128")],
+)  # fmt: skip
+def test_weights_that_are_no_numbers_are_refused(tmp_path, value, message) -> None:
+    write_keras(tmp_path / "a.h5", build_network("straight", f=2))
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        head = file["dense_1/dense_1/kernel:0"]
+        if isinstance(value, str):
+            kept = np.zeros(head.shape, value)
+            del file["dense_1/dense_1/kernel:0"]
+            file["dense_1/dense_1/kernel:0"] = kept
+        else:
+            head[0, 0] = value
+    with pytest.raises(CryoFilterError, match=f"a.h5.*{message}"):
+        load_model(tmp_path / "a.h5")

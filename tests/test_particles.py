@@ -10,8 +10,10 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from relion_cryofilter.errors import StarError
+from relion_cryofilter.errors import ImageError, StarError
+from relion_cryofilter.images.bad import check_stacks
 from relion_cryofilter.particles.particles import (
+    concatenate,
     parse_image_name,
     parse_image_names,
     particles_of_stacks,
@@ -128,3 +130,61 @@ def test_plain_stacks_give_their_images_in_order(tmp_path):
     particles = particles_of_stacks([tmp_path / "b.mrcs", tmp_path / "a.mrcs"])
     assert particles.index.tolist() == [0, 1, 2, 0, 1]
     assert np.array_equal(particles.stack_of, [0, 0, 0, 1, 1])
+
+
+def two_projects(tmp_path, monkeypatch):
+    """Make two projects whose stacks have the same names; work in the first."""
+    stars = [
+        making.write_project(tmp_path / name, seed=seed) for name, seed in (("a", 1), ("b", 2))
+    ]
+    monkeypatch.chdir(tmp_path / "a")
+    return stars
+
+
+def test_a_stack_that_is_here_and_in_the_star_files_project_is_not_guessed(tmp_path, monkeypatch):
+    ours, theirs = two_projects(tmp_path, monkeypatch)
+    with pytest.raises(StarError, match=r"in the working directory.* and another of that name in"):
+        read_particles(theirs)
+    assert read_particles(ours).stacks[0].is_file()
+    monkeypatch.chdir(tmp_path / "b")
+    assert read_particles(theirs).stacks[0].is_file()
+
+
+def test_one_stack_by_two_names_is_no_question(tmp_path, monkeypatch):
+    _, theirs = two_projects(tmp_path, monkeypatch)
+    for path in (tmp_path / "a/Extract/job001/Mics").iterdir():
+        path.unlink()
+        path.symlink_to(tmp_path / "b/Extract/job001/Mics" / path.name)
+    assert len(read_particles(theirs)) == 48
+
+
+def test_a_list_is_a_table_of_one_row(tmp_path):
+    optics = 'data_optics\n\n_rlnOpticsGroup 1\n_rlnImagePixelSize "0.8" # Å\n_rlnImageSize 64\n\n'
+    text = optics + "data_particles\n\nloop_\n_rlnImageName\n_rlnOpticsGroup\n1@a.mrcs 1\n"
+    (group,) = read_particles(star(tmp_path / "a.star", text)).optics
+    assert (group.name, group.pixel_size_angstrom, group.box_px) == ("1", 0.8, 64)
+    volumes = text.replace("_rlnImageSize 64", "_rlnImageDimensionality 3")
+    with pytest.raises(StarError, match="the images are volumes"):
+        read_particles(star(tmp_path / "b.star", volumes))
+    other = text.replace("a.mrcs 1", "a.mrcs 2")
+    with pytest.raises(StarError, match="optics group 2 is not in data_optics"):
+        read_particles(star(tmp_path / "c.star", other))
+
+
+@pytest.mark.parametrize("label", ["rlnCoordinateZ", "rlnCtfImage"])
+def test_subtomograms_of_old_files_are_refused(tmp_path, label):
+    text = f"data_\n\nloop_\n_rlnImageName\n_{label}\nsubtomo/1.mrc 5\n"
+    with pytest.raises(StarError, match="holds subtomograms"):
+        read_particles(star(tmp_path / "a.star", text))
+
+
+def test_a_name_without_a_number_is_of_one_image_and_no_volume(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    making.write_stack(tmp_path / "1.mrc", making.blobs(1, 8))
+    making.write_stack(tmp_path / "2.mrc", making.blobs(8, 8))
+    path = star(tmp_path / "a.star", HEAD + "1.mrc\n")
+    assert not len(check_stacks(read_particles(path))[1])
+    particles = read_particles(star(path, HEAD + "1.mrc\n2.mrc\n"))
+    for found in (particles, concatenate([particles, particles])):
+        with pytest.raises(ImageError, match=r"2.mrc: .*without an image number.* 8 sections"):
+            check_stacks(found)

@@ -1,21 +1,25 @@
 """Scores kept in the job's folder: nothing is scored twice, nothing stale is used."""
 
+import json
 import os
 import random
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from making import blobs, started, tiny_model, write_project, write_stack
 
-from relion_cryofilter.nn.score_cache import ScoreCache, _whole_records
+from relion_cryofilter.nn.score_cache import ScoreCache, _Record, _whole_records
 from relion_cryofilter.particles.particles import read_particles
+from relion_cryofilter.particles.splits import short_hash
 from relion_cryofilter.relion import job
 
 OUT = "External/job002/"
@@ -206,3 +210,69 @@ def test_a_job_that_is_killed_ten_times_scores_each_image_once(project, tmp_path
     assert len(found) == len(set(found)) == 12_000
     subprocess.run([*line, "--rescore"], check=True)
     assert outputs() == resumed
+
+
+def record_of(scores, key="k", **about):
+    """Return a whole record, with a right checksum, of scores that may be wrong."""
+    record = _Record(short_hash(key), "s.mrcs", (1, 2), np.arange(len(scores)), np.array(scores))
+    line, _, values = record.to_bytes()[8:].partition(b"\n")
+    body = json.dumps({**json.loads(line), **about}).encode() + b"\n" + values
+    return struct.pack("<II", len(body), zlib.crc32(body)) + body
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda about: record_of([7.5, 0.5], **about),
+        lambda about: record_of([np.inf, 0.5], **about),
+        lambda about: record_of([np.nan], **about),
+        lambda about: record_of([-1e-9], **about),
+        lambda about: record_of([0.5], key="another model", **about),
+        lambda about: record_of([0.5], **{**about, "n": 10**9}),
+        lambda about: record_of([0.5], **{**about, "n": -1}),
+        lambda about: record_of([0.5], **{**about, "n": None}),
+        lambda about: record_of([0.5], **{**about, "identity": 3}),
+        lambda about: record_of([0.5], **{**about, "stack": []}),
+        lambda about: struct.pack("<II", 3, zlib.crc32(b"[]\n")) + b"[]\n",
+        lambda about: struct.pack("<II", 9000, zlib.crc32(b"[" * 9000)) + b"[" * 9000,
+    ],
+)
+def test_a_record_that_holds_no_scores_of_these_models_is_dropped_and_counted(
+    tmp_path, caplog, record
+):
+    particles = read_particles(write_project(tmp_path))
+    path = tmp_path / "score_cache.journal"
+    ScoreCache(tmp_path, "k", particles).add(np.array([3]), np.array([0.25]))
+    sound = path.read_bytes()
+    status = particles.stacks[0].stat()
+    identity = [status.st_size, status.st_mtime_ns]
+    about = {"stack": particles.stack_names[0], "identity": identity}
+    path.write_bytes(sound + record(about) + sound.partition(b"\n")[2])
+    with caplog.at_level("WARNING", "relion_cryofilter"):
+        values = ScoreCache(tmp_path, "k", particles).values
+    assert np.flatnonzero(np.isfinite(values)).tolist() == [3]
+    assert "1 record without scores from 0 to 1 by these models" in caplog.text
+
+
+def test_places_beyond_the_set_take_no_memory(tmp_path):
+    particles = read_particles(write_project(tmp_path))
+    cache = ScoreCache(tmp_path, "k", particles)
+    cache.add(np.array([3]), np.array([0.25]))
+    status = particles.stacks[0].stat()
+    identity, place = (status.st_size, status.st_mtime_ns), np.array([2**32 - 1])
+    name = particles.stack_names[0]
+    record = _Record(short_hash("k"), name, identity, place, np.array([0.5]))
+    with cache.path.open("ab") as file:
+        file.write(record.to_bytes())
+    again = ScoreCache(tmp_path, "k", particles).values
+    assert np.flatnonzero(np.isfinite(again)).tolist() == [3]
+
+
+def test_scores_that_were_added_under_another_models_head_are_not_taken_for_its_own(tmp_path):
+    """As two programs did that wrote into one folder."""
+    particles = read_particles(write_project(tmp_path))
+    first, second = (ScoreCache(tmp_path, key, particles) for key in ("a", "b"))
+    first.add(np.array([0]), np.array([0.25]))
+    second.add(np.array([1]), np.array([0.75]))
+    values = ScoreCache(tmp_path, "a", particles).values
+    assert np.flatnonzero(np.isfinite(values)).tolist() == [0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import making
 import mrcfile
 import numpy as np
@@ -155,3 +157,51 @@ def test_a_stack_that_shrinks_while_it_is_read_is_an_error(tmp_path):
     plans = plan_batches(np.arange(4), particles.stack_of, particles.index, headers, 4)
     with pytest.raises(ImageError, match="became shorter while it was read"):
         StackReader().read(next(plans))
+
+
+def header_says(path, nx=None, nz=None):
+    """Change what the header says of its sizes, and nothing else."""
+    content = bytearray(path.read_bytes())
+    for offset, value in ((0, nx), (8, nz)):
+        if value is not None:
+            struct.pack_into("<i", content, offset, value)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("shape", [(1, 40, 30), (3, 1, 20), (1, 2048, 2048)], ids=str)
+def test_what_holds_no_particle_images_is_refused_with_what_it_looks_like(tmp_path, shape):
+    making.write_stack(tmp_path / "a.mrcs", np.zeros(shape), mode=0)
+    _, bad = check_stacks(particles_of_stacks([tmp_path / "a.mrcs"]))
+    size = f"{shape[2]} x {shape[1]} px; it looks like a micrograph"
+    with pytest.raises(ImageError, match=f"in files that hold no particle images.*\\n.*{size}"):
+        bad.refuse()
+
+
+def test_a_map_is_no_stack(tmp_path):
+    making.write_stack(tmp_path / "a.mrc", making.blobs(8, 8), volume=True)
+    with pytest.raises(ImageError, match="looks like a map"):
+        particles_of_stacks([tmp_path / "a.mrc"])
+    making.write_stack(tmp_path / "a.mrc", making.blobs(8, 8))
+    assert len(particles_of_stacks([tmp_path / "a.mrc"])) == 8
+
+
+def test_a_header_that_says_far_more_images_than_the_file_holds_makes_no_rows(tmp_path):
+    making.write_stack(tmp_path / "a.mrcs", making.blobs(20, 8))
+    header_says(tmp_path / "a.mrcs", nz=10_000_000)
+    with pytest.raises(ImageError, match="says 10,000,000 images, the file holds 20"):
+        particles_of_stacks([tmp_path / "a.mrcs"])
+
+
+def test_a_box_other_than_the_optics_table_says_is_not_scored(tmp_path, monkeypatch):
+    """A damaged header of a size that the file would hold scrambles every image."""
+    monkeypatch.chdir(tmp_path)
+    star = making.write_project(tmp_path, boxes=(32, 24))
+    assert not len(check_stacks(read_particles(star))[1])
+    path = tmp_path / "Extract/job001/Mics/mic0.mrcs"
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<2i", content, 0, 16, 16)
+    path.write_bytes(content)
+    _, bad = check_stacks(read_particles(star))
+    assert len(bad) == 12
+    with pytest.raises(ImageError, match=r"mic0.mrcs has boxes of 16 px, not of 32 px"):
+        bad.refuse()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -116,6 +118,54 @@ def test_a_stop_in_mid_epoch_then_a_restart_gives_the_same_weights(tmp_path):
     other = trainer_of(tmp_path, loaded.images, labels, split, **{**settings, "seed": 5})
     other._resume()
     assert not other.history, "a checkpoint of another training is not gone on from"
+
+
+def a_bit(content):
+    """Turn a bit over in the largest tensor: it stays a number, and another one."""
+    with zipfile.ZipFile(io.BytesIO(content)) as parts:
+        largest = max(parts.infolist(), key=lambda part: part.file_size)
+        start = content.index(parts.read(largest))
+    changed = bytearray(content)
+    changed[start + largest.file_size // 2] ^= 0x40
+    return bytes(changed)
+
+
+def without_best(content):
+    state = torch.load(io.BytesIO(content), weights_only=True)
+    del state["best"]
+    torch.save(state, file := io.BytesIO())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", [a_bit, without_best, lambda content: b"PK" + content[:99]])
+def test_a_damaged_checkpoint_gives_the_model_of_an_undisturbed_training(tmp_path, caplog, damage):
+    particles, labels, _ = labelled_blobs(tmp_path, 120)
+    split = split_by_micrograph(particles, labels, 0.6, 0)
+    loaded = load_small_images(
+        particles, BlurResize(), Progress(1, "i"), threads=1, max_memory_bytes=1e9
+    )
+    settings = {"epochs": 2, "batch_size": 16}
+    whole = trainer_of(tmp_path, loaded.images, labels, split, **settings)
+    whole.run(Progress(1, "steps"))
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.write_bytes(damage(checkpoint.read_bytes()))
+    with caplog.at_level("WARNING", "relion_cryofilter"):
+        again = trainer_of(tmp_path, loaded.images, labels, split, **settings)
+        again.run(Progress(1, "steps"))
+    assert "can't be read" in caplog.text
+    assert "starting anew" in caplog.text
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, again.network.state_dict()[name]), name
+
+
+def test_a_training_that_diverges_is_one_sentence(select_project, capsys):
+    words = "--model straight --f 4 --learning_rate 1 --any_contrast --epochs 30"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("relion_cryofilter.nn.trainer.predict", lambda *_: torch.full((9,), np.nan))
+        assert job.main(train_words(words).split()) == 1
+    said = capsys.readouterr().err
+    assert "The training diverged" in said
+    assert said.count("ERROR") == 1
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from relion_cryofilter.errors import UsageError
+from relion_cryofilter.locks import one_run
 from relion_cryofilter.nn.model import import_keras
 from relion_cryofilter.options import ConvertOptions
 from relion_cryofilter.results.outputs import Output, refuse_to_overwrite
@@ -13,6 +14,7 @@ from relion_cryofilter.results.outputs import Output, refuse_to_overwrite
 log = logging.getLogger("relion_cryofilter")
 
 
+@one_run()
 def convert(
     options: ConvertOptions, abort_requested: Callable[[], bool] = lambda: False
 ) -> tuple[Output, ...]:
@@ -25,7 +27,7 @@ def convert(
     """
     if options.weights is None or options.o is None:
         raise UsageError("Give both: relion_cryofilter convert weights.h5 --o model.safetensors")
-    refuse_to_overwrite([options.weights], [options.o])
+    refuse_to_overwrite([options.weights], [options.o], "model")
     model = import_keras(options.weights, f=options.f, dim=options.img_dim)
     options.o.parent.mkdir(parents=True, exist_ok=True)
     model.save(options.o)

@@ -22,6 +22,8 @@ import numpy as np
 
 from relion_cryofilter.commands.score import filter_particles
 from relion_cryofilter.errors import CryoFilterError, CryoSparcError, UsageError
+from relion_cryofilter.files import replacing
+from relion_cryofilter.locks import one_run
 from relion_cryofilter.options import CryosparcOptions, ScoreOptions
 from relion_cryofilter.particles.cryosparc import TOOLS, CsFile, CsTable, optional, particles_of_cs
 from relion_cryofilter.results.charts import SCORE_HISTOGRAM
@@ -37,6 +39,7 @@ SCORED, HISTOGRAM = "particles_scored.cs", "scores"
 log = logging.getLogger("relion_cryofilter")
 
 
+@one_run()
 def cryosparc(
     options: CryosparcOptions, abort_requested: Callable[[], bool] = lambda: False
 ) -> tuple[Output, ...]:
@@ -154,7 +157,8 @@ def _filter(
     with _asking("load the particles"):
         particles = job.load_input(INPUT)
     source = results / "input.cs"
-    particles.save(source)
+    with replacing(source) as file:
+        particles.save(file)
     names = ("weights", "threshold", "skip_bad", "any_contrast", "gpu", "j", "quiet", "verbose")
     same = {name: getattr(options, name) for name in names}
     table = CsTable(source, CsFile(source, particles, np.dtype([])))

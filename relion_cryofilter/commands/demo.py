@@ -112,6 +112,8 @@ def _write_labels(
 ) -> None:
     good = kinds == PARTICLE
     (project / GOOD).parent.mkdir(exist_ok=True)
+    for name in (GOOD, BAD):  # of an earlier run
+        (project / name).unlink(missing_ok=True)
     masks = {project / GOOD: labelled & good, project / BAD: labelled & ~good}
     assert particles.table is not None
     particles.table.write(masks)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from relion_cryofilter.files import LOGFILE, METRICS, PREDICTIONS, REPORT
 from relion_cryofilter.images.contrast import check_contrast
+from relion_cryofilter.locks import one_run
 from relion_cryofilter.nn.measurement import describe_test_part, measure
 from relion_cryofilter.nn.model import Models, read_models
 from relion_cryofilter.nn.scoring import How, score_particles
@@ -26,6 +27,7 @@ from relion_cryofilter.results.report_files import Report, write_report
 log = logging.getLogger("relion_cryofilter")
 
 
+@one_run()
 def metrics(
     options: MetricsOptions, abort_requested: Callable[[], bool] = lambda: False
 ) -> tuple[Output, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,14 @@ from relion_cryofilter.files import (
     REPORT,
     SCORE_LABEL,
     SCORES_CSV,
-    remove_file,
+    claim,
+    is_result,
+    remove,
+    require_ours,
     write_text,
 )
 from relion_cryofilter.images.contrast import check_contrast
+from relion_cryofilter.locks import one_run
 from relion_cryofilter.nn import score_cache
 from relion_cryofilter.nn.model import Models, read_models
 from relion_cryofilter.nn.score_cache import ScoreCache
@@ -38,6 +41,7 @@ from relion_cryofilter.results.outputs import (
     Output,
     log_files,
     refuse_to_overwrite,
+    results_folder,
     subset_names,
     write_subsets,
 )
@@ -47,6 +51,7 @@ from relion_cryofilter.thresholds import DECIMALS, Chosen, share_interval
 log = logging.getLogger("relion_cryofilter")
 
 
+@one_run()
 def score(
     options: ScoreOptions, abort_requested: Callable[[], bool] = lambda: False
 ) -> tuple[Output, ...]:
@@ -91,9 +96,7 @@ def filter_particles(
         check_contrast(particles, models.members[0].preprocess, options.threads)
 
     # Compute: the scores, and who is accepted.
-    for folder in (places.star, places.csv.parent, places.extras):
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+    places.csv.parent.mkdir(parents=True, exist_ok=True)
     scores = score_particles(
         particles,
         models,
@@ -145,7 +148,7 @@ def _write(
         )
         for name, made in ((FEATURES, options.features), (BAD_IMAGES, len(bad))):
             if not made:
-                remove_file(places.star / name)
+                remove(places.star / name)
                 if (places.star / name).is_dir():
                     log.warning("%s is a folder and stays as it is.", places.star / name)
     # Lines ``0, 0.0320`` in input order, as the 2020 program wrote them.
@@ -162,7 +165,8 @@ def _write(
 
 def _conclude(places: _Places, holds: dict[str, str], scores: Scores, chosen: Chosen) -> None:
     """Name the files, with the numbers of their rows; say how many particles are accepted."""
-    n, new = len(chosen.values), len(chosen.values) - scores.n_known
+    n, bad = len(chosen.values), len(scores.bad)
+    new = n - scores.n_known - bad
     files = {
         **holds,
         places.csv.name: counted(n, "score"),
@@ -175,7 +179,8 @@ def _conclude(places: _Places, holds: dict[str, str], scores: Scores, chosen: Ch
     rate = f"{new / max(scores.seconds, 1e-9):,.0f}/s"
     known = f"{scores.n_known:,} were known" if scores.n_known else ""
     scored = f"Scored {counted(new, 'particle')} in {duration(scores.seconds)} ({rate})"
-    done = ", ".join(filter(None, [scored if new else "", known]))
+    unusable = f"{bad:,} can't be used" if bad else ""
+    done = ", ".join(filter(None, [scored if new else "", known, unusable]))
     log_files(
         places.extras, files,
         f"Threshold {chosen.threshold:g} ({chosen.reason}).\n{done}: {chosen.describe()}.",
@@ -200,15 +205,21 @@ def _places(options: ScoreOptions) -> _Places:
     extras = options.o or csv.parent
     names = (FEATURES, BAD_IMAGES, *(subset_names() if options.o else ()))
     others = [extras / name for name in names]
-    journal = f"{score_cache.NAME}{score_cache.SUFFIX}"
-    more = [extras / name for name in (LOGFILE, REPORT, journal)]
-    if csv.is_dir() or os.path.realpath(csv) in map(os.path.realpath, (*others, *more)):
+    beside = csv.parent.resolve() == extras.resolve() and csv.name != SCORES_CSV
+    if csv.is_dir() or (beside and is_result(csv.name)):
         raise UsageError(f"--out_file {csv} is a folder or another result. Name a .csv file.")
     written = [path for path in others if path.name != FEATURES or options.features]
     if folders := [path for path in written if path.is_dir()]:
         raise UsageError(f"{folders[0]} is a folder; a result is to go there. Move it away.")
     sources = (options.in_parts, options.passthrough, options.junk, *options.weights, *options.mrc)
     refuse_to_overwrite(sources, (csv, *others))
+    refuse_to_overwrite(sources, (csv,) if options.out_file else (), "scores")
+    if options.o is not None:
+        results_folder(options.o)
+    elif options.features:  # beside scores of ours, its features are ours
+        if csv.is_file():
+            claim(extras, known=True)
+        require_ours(extras / FEATURES)
     return _Places(options.o, csv, extras)
 
 
@@ -220,7 +231,7 @@ def _cache(
         return None
     if options.rescore:
         for journal in options.o.glob(f"{score_cache.NAME}*{score_cache.SUFFIX}"):
-            journal.unlink(missing_ok=True)
+            remove(journal)
     key = f"{models.hashes} tta={options.tta} precision={options.precision}"
     cache = ScoreCache(options.o, key, particles, ranks.number)
     known = int(np.isfinite(cache.values).sum())

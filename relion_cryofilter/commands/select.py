@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from relion_cryofilter.errors import UsageError
+from relion_cryofilter.locks import one_run
 from relion_cryofilter.options import SelectOptions
 from relion_cryofilter.particles.tables import read_table
 from relion_cryofilter.progress import counted
@@ -13,6 +14,7 @@ from relion_cryofilter.results.outputs import (
     Output,
     log_files,
     refuse_to_overwrite,
+    results_folder,
     subset_names,
     write_subsets,
 )
@@ -21,6 +23,7 @@ from relion_cryofilter.thresholds import Chosen, read_curve, threshold_and_reaso
 log = logging.getLogger("relion_cryofilter")
 
 
+@one_run()
 def select(
     options: SelectOptions, abort_requested: Callable[[], bool] = lambda: False
 ) -> tuple[Output, ...]:
@@ -37,6 +40,7 @@ def select(
             "Give --in_parts scored.star, --threshold (0.5, keep=0.6, count=50000 …) and --o DIR/."
         )
     refuse_to_overwrite([options.in_parts], [options.o / name for name in subset_names()])
+    results_folder(options.o)
     table = read_table(options.in_parts)
     scores = table.scores(options.score_label)
     log.info(
@@ -62,7 +66,6 @@ def select(
     chosen = Chosen(scores, accepted, threshold, reason)
 
     # Write.
-    options.o.mkdir(parents=True, exist_ok=True)
     chosen.warn_if_none()
     outputs, holds = write_subsets(options.o, table, chosen.accepted)
     log_files(options.o, holds, f"Threshold {threshold:g} ({reason}): {chosen.describe()}.")

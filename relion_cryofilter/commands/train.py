@@ -16,6 +16,7 @@ from relion_cryofilter.files import (
     SUSPICIOUS,
     numbered,
 )
+from relion_cryofilter.locks import one_run
 from relion_cryofilter.nn.model import BUNDLED_MODEL
 from relion_cryofilter.nn.selftests import log_self_tests
 from relion_cryofilter.nn.training import Trained, train_models
@@ -36,6 +37,7 @@ from relion_cryofilter.results.report_files import Report, write_report
 log = logging.getLogger("relion_cryofilter")
 
 
+@one_run()
 def train(
     options: TrainOptions, abort_requested: Callable[[], bool] = lambda: False
 ) -> tuple[Output, ...]:
@@ -51,11 +53,14 @@ def train(
     Aborted
         `abort_requested` said True.
     """
-    folder = results_folder(options.o, options.out_dir)
-    refuse_to_overwrite([options.init or BUNDLED_MODEL], [(options.weight_dir or folder) / MODEL])
+    folder = options.o or options.out_dir
+    weights, history = options.weight_dir or folder, options.history_dir or folder
+    if weights is not None:
+        paths = [weights / numbered(MODEL, n) for n in range(1, options.ensemble + 1)]
+        refuse_to_overwrite([options.init or BUNDLED_MODEL], paths, "model")
+    folder, _, history = map(results_folder, (folder, weights, history))
     sources = (options.in_parts, *options.pos, *options.neg)
     refuse_to_overwrite(sources, [folder / SUSPICIOUS])
-    history = options.history_dir or folder
     trained = train_models(
         read_labels(
             options.in_parts, options.pos, options.neg, options.pos_classes, options.neg_classes

@@ -23,12 +23,15 @@ log = logging.getLogger("relion_cryofilter")
 MISSING = "in stacks that can't be read"
 PAST_END = "past the end of their stack"
 TRUNCATED = "beyond where their stack is truncated"
+NO_PARTICLES = "in files that hold no particle images"
+OTHER_BOX = "of another box than the input says"
 NOT_FINITE = "with NaN or infinite values"
 CONSTANT = "blank (all pixels equal)"
 TOO_LARGE = "with values too large (beyond 1e18) for their scatter to be a float32 number"
 FLAT = "no contrast left after down-sampling"
 
 _NAMED, _ALSO_NAMED = 5, 3  # causes, and images besides the first of each
+_MICROGRAPH_PX = 2048  # boxes are smaller
 
 
 class BadImages:
@@ -114,32 +117,55 @@ def say_unsigned(headers: Iterable[StackHeader | None]) -> None:
 
 
 def check_stacks(particles: ParticleSet) -> tuple[list[StackHeader | None], BadImages]:
-    """Return each stack's header, and the rows whose image isn't there.
+    """Return each stack's header, and the rows whose image isn't there, or is none of a particle.
 
-    A header is None if it can't be read, or if no row is in its stack.
+    A header is None if it can't be read or its images can't be particles', or if no row is in its
+    stack. Volumes in place of images are an ImageError.
     """
     headers: list[StackHeader | None] = []
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
     needed = np.bincount(particles.stack_of, minlength=len(particles.stacks)) > 0
     inverted = particles.inverted or (False,) * len(particles.stacks)
-    for path, wanted, dark in zip(particles.stacks, needed.tolist(), inverted):
+    names = particles.stack_names
+    for path, name, wanted, dark in zip(particles.stacks, names, needed.tolist(), inverted):
+        header, problem = None, ("", "")
         try:
-            headers.append(replace(read_header(path), inverted=dark) if wanted else None)
-            problems.append("")
+            header = replace(read_header(path), inverted=dark) if wanted else None
         except ImageError as error:
-            headers.append(None)
-            problems.append(str(error).partition(". ")[0])
+            problem = MISSING, str(error).partition(". ")[0]
+        if header and name in particles.unnumbered and header.n_images > 1:
+            raise ImageError(
+                f"{path}: {particles.source} names it without an image number, but it holds "
+                f"{header.n_images} sections, as a subtomogram or a map does. This program scores "
+                "single-particle images only."
+            )
+        if header and (header.ny != header.nx or header.nx >= _MICROGRAPH_PX):
+            size = f"its images have {header.nx} x {header.ny} px"
+            problem = NO_PARTICLES, f"{path}: {size}; it looks like a micrograph or is damaged"
+            header = None
+        headers.append(header)
+        problems.append(problem)
 
+    # Where the header and the input disagree on the box, one of them is wrong.
     bad = BadImages(particles)
+    boxes = np.array([header.nx if header else 0 for header in headers])[particles.stack_of]
+    groups = [group.box_px or np.nan for group in particles.optics]
+    said_px = np.array(groups, np.float64)[particles.optics_of]
+    for row in np.flatnonzero((boxes > 0) & (boxes != said_px) & ~np.isnan(said_px)).tolist():
+        path, detail = particles.stacks[particles.stack_of[row]], f"{boxes[row]} px"
+        bad.add([row], OTHER_BOX, f"{path} has boxes of {detail}, not of {said_px[row]:g} px")
+
+    # Images that the files don't hold.
     held = np.array([header.n_complete if header else 0 for header in headers], np.int64)
-    for row in np.flatnonzero(particles.index >= held[particles.stack_of]).tolist():
-        stack, place = particles.stack_of[row], particles.index[row]
+    index = particles.index
+    for row in np.flatnonzero((index >= held[particles.stack_of]) | (index < 0)).tolist():
+        stack, place = particles.stack_of[row], index[row]
         header = headers[stack]
         if header is None:
-            bad.add([row], MISSING, problems[stack])
+            bad.add([row], *problems[stack])
             continue
         name, said = header.path.name, header.n_images
-        if place >= said:
+        if place >= said or place < 0:
             detail = f"{name} holds {said} images but image {place + 1} is asked for"
             bad.add([row], PAST_END, detail)
         else:

@@ -15,6 +15,7 @@ from relion_cryofilter.images.bad import BadImages, check_stacks, say_unsigned
 from relion_cryofilter.images.batches import find_faults, map_batches
 from relion_cryofilter.images.contrast import SCALES, centre_contrast
 from relion_cryofilter.images.preprocess import Preprocess
+from relion_cryofilter.inputs import require_unchanged
 from relion_cryofilter.particles.particles import ParticleSet
 from relion_cryofilter.particles.stacks import StackHeader
 from relion_cryofilter.progress import Progress
@@ -90,6 +91,7 @@ def load_small_images(
         for reason, places in faults.items():
             bad.add(batch_rows[places], reason)
         progress.step(len(batch_rows))
+    require_unchanged()
     boxes_px = np.array([header.nx if header else 0 for header in headers])[particles.stack_of]
     images: SmallImages = _Streamed(particles, preprocess, headers, threads)
     if kept is not None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from relion_cryofilter.errors import ModelError
 from relion_cryofilter.images.preprocess import BlurResize
+from relion_cryofilter.inputs import seen
 from relion_cryofilter.nn.networks import Network, build_network
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -39,6 +40,7 @@ def require_file(path: str | os.PathLike[str]) -> Path:
         raise ModelError(
             f"Model file {path} doesn't exist. Check the path; it is relative to {Path.cwd()}."
         )
+    seen(path, path.stat())
     return path
 
 
@@ -140,6 +142,9 @@ def _read_layers(path: Path) -> tuple[list[Layer], Layer, int | None]:
         key = (parts["kernel"].ndim, int(match[1]) if match else 0)
         if key in layers:
             raise _not_ours(path, f"two layers numbered {key[1]}, one of them {name!r}")
+        for part, item in parts.items():
+            if item.dtype.kind != "f":
+                raise _not_ours(path, f"layer {name!r} with {part} of type {item.dtype}")
         kernel, bias = (torch.from_numpy(parts[k].astype(np.float32)) for k in ("kernel", "bias"))
         layers[key] = (kernel, bias)
     dense = [layer for (rank, _), layer in layers.items() if rank == 2]

@@ -52,6 +52,7 @@ log = logging.getLogger("relion_cryofilter")
 FORMAT_VERSION, HASH_DIGITS, GPU_BATCH = 1, 12, 512
 BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "default.safetensors"
 PIXEL_SIZE_TOLERANCE = 0.1
+LARGEST_WEIGHT = 1e6
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 ESTIMATE, SIMULATED, LABEL_NOISE = "threshold_estimate", "made_by", "label_noise"
 """Keys of the provenance: what the threshold gave on particles unseen, the simulator, and how many
@@ -98,6 +99,7 @@ class Model:
         if not 0 < self.temperature < float("inf"):
             raise ModelError(f"The model's temperature is {self.temperature}; it must be above 0.")
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        _refuse_nonsense(network)
 
     @property
     def hash(self) -> str:
@@ -175,6 +177,7 @@ class Model:
             **self._scoring_metadata(),
             "threshold": float(self.threshold),
             "provenance": self.provenance,
+            "hash": self.hash,
         }
         try:
             with replacing(Path(path)) as file:
@@ -212,6 +215,30 @@ class Model:
         return OperatingCurve.from_dict(stored)
 
 
+def _refuse_nonsense(network: Network) -> None:
+    """Raise a ModelError if weights are no numbers, or none that can be computed with."""
+    for name, tensor in network.state_dict().items():
+        if not (torch.isfinite(tensor).all() and tensor.abs().amax() <= LARGEST_WEIGHT):
+            raise ModelError(
+                f"The model's tensor {name} holds NaN, infinity or values above "
+                f"{LARGEST_WEIGHT:g}. The file is damaged, or its training went wrong; train again."
+            )
+        if name.endswith(("variance", "running_var")) and tensor.amin() < 0:
+            raise ModelError(
+                f"The model's tensor {name} holds a negative variance. The file is damaged; copy "
+                "it again, or train again."
+            )
+    shape = 2, network.channels, network.dim, network.dim
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(network.device)
+    with torch.inference_mode():
+        logits = network.eval()(noise)
+    if not torch.isfinite(logits).all():
+        raise ModelError(
+            "The model's scores of an image of noise are no numbers: its weights are too large. "
+            "The file is damaged, or its training went wrong; train again."
+        )
+
+
 def _canonical_json(value: dict[str, Any]) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
@@ -232,6 +259,7 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         network = build_network(metadata["network"]["name"], **metadata["network"]["kwargs"])
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+        kinds = {name: tensor.dtype for name, tensor in network.state_dict().items()}
         for name in (*expected, *sorted(shapes.keys() - expected)):
             if shapes.get(name) != expected.get(name):
                 needs = f"needs tensor {name} of shape {expected.get(name)}"
@@ -241,14 +269,25 @@ def load_model(path: str | os.PathLike[str]) -> Model:
                     f"{shapes.get(name, 'nothing')}. The file is damaged or was edited; copy it "
                     "again, or train or convert the model again."
                 )
+            if tensors[name].dtype != kinds[name]:
+                raise ModelError(
+                    f"its tensor {name} holds {tensors[name].dtype}; expected {kinds[name]}. The "
+                    "file was edited; copy it again, or train or convert the model again."
+                )
         network.load_state_dict(tensors)
-        return Model(
+        model = Model(
             network=network,
             preprocess=preprocess_from_dict(metadata["preprocess"]),
             threshold=metadata["threshold"],
             temperature=metadata["temperature"],
             provenance=metadata["provenance"],
         )
+        if metadata.get("hash", model.hash) != model.hash:
+            raise ModelError(
+                f"its weights have the hash {model.hash}, but it was written with that of "
+                f"{metadata['hash']}. The file is damaged or was edited; copy it again."
+            )
+        return model
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
@@ -307,7 +346,10 @@ def import_keras(path: str | os.PathLike[str], **believed: Any) -> Model:
         "file": path.name,
         "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
-    return Model(network, preprocess, threshold=0.5, provenance=provenance)
+    try:
+        return Model(network, preprocess, threshold=0.5, provenance=provenance)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)

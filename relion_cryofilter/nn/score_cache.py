@@ -1,8 +1,9 @@
 """Scores that are kept in the job's folder, so that no image is scored twice.
 
 A journal of records, each written at once when its images have been scored: a job that is killed
-loses what was under way and nothing else. A record names its stack with size and time of change;
-the journal's first line names the models. A cut-off or damaged end is dropped.
+loses what was under way and nothing else. A record names its stack with size and time of change,
+and the models; so does the journal's first line. Nothing is believed unseen: a cut-off or damaged
+end is dropped, and so are records that are not of these models, or hold what no score can be.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from typing import BinaryIO
 
 import numpy as np
 
+from relion_cryofilter.files import replacing
+from relion_cryofilter.inputs import seen
 from relion_cryofilter.particles.particles import ParticleSet
+from relion_cryofilter.particles.splits import short_hash
+from relion_cryofilter.progress import counted
 
 NAME, SUFFIX = "score_cache", ".journal"
 
-_FORMAT = 1
+_FORMAT = 2
 _HEAD = struct.Struct("<II")
 """Before each record: its length and checksum."""
 
@@ -36,25 +41,33 @@ log = logging.getLogger("relion_cryofilter")
 class _Record:
     """Scores of images of one stack: 0-based places (k,) and scores (k,)."""
 
+    key: str  # of the models and how they were used
     stack: str
     identity: tuple[int, ...]
     places: np.ndarray
     scores: np.ndarray
 
     def to_bytes(self) -> bytes:
-        about = {"stack": self.stack, "identity": self.identity, "n": len(self.places)}
+        about = {
+            "key": self.key, "stack": self.stack, "identity": self.identity, "n": len(self.places)
+        }  # fmt: skip
         body = json.dumps(about).encode() + b"\n"
         body += self.places.astype("<u4").tobytes() + self.scores.astype("<f8").tobytes()
         return _HEAD.pack(len(body), zlib.crc32(body)) + body
 
     @classmethod
     def from_bytes(cls, body: bytes) -> _Record:
+        """Read a record; a ValueError, or the like, if it is none."""
         line, _, values = body.partition(b"\n")
         about = json.loads(line)
-        n = about["n"]
+        n, stack = about["n"], about["stack"]
+        if not isinstance(stack, str) or len(values) != 12 * n:
+            raise ValueError(about)
         places = np.frombuffer(values, "<u4", n).astype(np.int64)
         scores = np.frombuffer(values, "<f8", n, 4 * n)
-        return cls(about["stack"], tuple(about["identity"]), places, scores)
+        if not ((scores >= 0) & (scores <= 1)).all():
+            raise ValueError(scores)
+        return cls(about["key"], stack, tuple(about["identity"]), places, scores)
 
 
 class ScoreCache:
@@ -66,13 +79,16 @@ class ScoreCache:
 
     def __init__(self, folder: Path, key: str, particles: ParticleSet, number: int = 0) -> None:
         self.path = folder / f"{NAME}{f'_{number}' if number else ''}{SUFFIX}"
+        self._key = short_hash(key)
         self._first_line = json.dumps({"format": _FORMAT, "key": key}).encode() + b"\n"
         self._particles = particles
         inverted = particles.inverted or (False,) * len(particles.stacks)
         self._identities = list(map(_identity, particles.stacks, inverted))
+        _make_own(self.path)
         self._numbers = {name: n for n, name in enumerate(particles.stack_names)}
         self._lock = threading.Lock()
-        self.values = self._known(sorted(folder.glob(f"{NAME}*{SUFFIX}")))
+        journals = sorted(folder.glob(f"{NAME}*{SUFFIX}"))
+        self.values = self._known([p for p in journals if p.is_file() and not p.is_symlink()])
 
     def add(self, rows: np.ndarray, scores: np.ndarray) -> None:
         """Keep the scores (m,) of `rows`, at once; NaN is no score. Safe from several threads."""
@@ -86,8 +102,10 @@ class ScoreCache:
             if identity is not None:
                 places = self._particles.index[rows[part]]
                 name = self._particles.stack_names[stack]
-                records.append(_Record(name, identity, places, scores[part]).to_bytes())
-        with self._lock, self.path.open("ab", buffering=0) as file:
+                record = _Record(self._key, name, identity, places, scores[part])
+                records.append(record.to_bytes())
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+        with self._lock, os.fdopen(os.open(self.path, flags, 0o666), "ab") as file:
             start = b"" if file.tell() else self._first_line
             file.write(start + b"".join(records))
 
@@ -107,28 +125,51 @@ class ScoreCache:
         for number, records in by_stack.items():
             rows = order[edges[number] : edges[number + 1]]
             places = np.concatenate([record.places for record in records])
-            table = np.full(max(places.max(), particles.index[rows].max(initial=0)) + 1, np.nan)
-            table[places] = np.concatenate([record.scores for record in records])
-            values[rows] = table[particles.index[rows]]
+            scores = np.concatenate([record.scores for record in records])
+            wanted = particles.index[rows]
+            rows, wanted = rows[wanted >= 0], wanted[wanted >= 0]
+            table = np.full(wanted.max(initial=-1) + 1, np.nan)
+            asked = places < len(table)
+            table[places[asked]] = scores[asked]
+            values[rows] = table[wanted]
         return values
 
     def _read(self, path: Path) -> Iterator[_Record]:
         """Yield the whole records of a journal; cut our own off where the rest can't be used."""
+        strange = 0
         with path.open("rb", buffering=1 << 20) as file:
-            if file.readline() != self._first_line:
+            if file.readline(len(self._first_line)) != self._first_line:
                 log.info("%s is of other models or options; its scores are not used.", path)
                 end = 0
             else:
-                end = yield from _whole_records(file)
+                records = _whole_records(file)
+                while True:
+                    try:
+                        record = next(records)
+                    except StopIteration as stop:
+                        end = stop.value
+                        break
+                    if record is not None and record.key == self._key:
+                        yield record
+                    else:
+                        strange += 1
             size = os.fstat(file.fileno()).st_size
+        if strange:
+            log.warning(
+                "%s holds %s without scores from 0 to 1 by these models; they are not used.",
+                path, counted(strange, "record"),
+            )  # fmt: skip
         if 0 < end < size:
             log.warning("The end of %s can't be read; those images are scored again.", path)
         if end < size and path == self.path:
             os.truncate(path, end)
 
 
-def _whole_records(file: BinaryIO) -> Generator[_Record, None, int]:
-    """Yield records up to the first that is cut off or damaged; return where it begins."""
+def _whole_records(file: BinaryIO) -> Generator[_Record | None, None, int]:
+    """Yield records up to the first that is cut off or damaged; return where it begins.
+
+    One that is whole but no record is None.
+    """
     while True:
         end = file.tell()
         head = file.read(_HEAD.size)
@@ -138,13 +179,31 @@ def _whole_records(file: BinaryIO) -> Generator[_Record, None, int]:
         body = file.read(length)
         if len(body) < length or zlib.crc32(body) != check:
             return end
-        yield _Record.from_bytes(body)
+        try:
+            record = _Record.from_bytes(body)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            record = None
+        yield record
+
+
+def _make_own(path: Path) -> None:
+    """See that appending to `path` changes no other file: a link goes, a second name is left."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.is_file() and path.stat().st_nlink > 1:
+        content = path.read_bytes()
+        with replacing(path) as file:
+            file.write(content)
 
 
 def _identity(path: Path, inverted: bool) -> tuple[int, ...] | None:
-    """Return size, time of change (ns) and, if read inverted, a mark of a stack that exists."""
+    """Return size, time of change (ns) and, if read inverted, a mark of a stack that exists.
+
+    What changes while this run reads it is found by `inputs`, before its scores are kept.
+    """
     try:
         found = path.stat()
     except OSError:
         return None
+    seen(path, found)
     return (found.st_size, found.st_mtime_ns, *([-1] if inverted else []))

@@ -14,10 +14,12 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 
+from relion_cryofilter.errors import ModelError
 from relion_cryofilter.files import replacing
 from relion_cryofilter.images.bad import BadImages, check_stacks, say_unsigned
 from relion_cryofilter.images.batches import find_faults, map_batches
 from relion_cryofilter.images.preprocess import Preprocess
+from relion_cryofilter.inputs import require_unchanged
 from relion_cryofilter.kinds import gpu_numbers
 from relion_cryofilter.nn.home import HOME, SAMPLE, warn_if_far
 from relion_cryofilter.nn.model import Model
@@ -44,7 +46,7 @@ class Scores:
     seconds
         Wall time.
     n_known
-        How many were scored by an earlier run.
+        How many were scored by an earlier run; bad images count for neither.
     sampled, features
         (s,) rows of a random sample of those that this run and process scored, ascending, and
         their (s, k) features, for the report.
@@ -111,6 +113,8 @@ def score_particles(
 
     Raises
     ------
+    ModelError
+        The model gives an image no score.
     ImageError
         Images are bad (see `images.bad`), all or without `how.skip_bad`. Missing ones are found
         before anything is scored.
@@ -122,11 +126,12 @@ def score_particles(
         bad.refuse(how.skipping)
     bad.refuse_if_all()
     values = np.full(len(particles), np.nan) if cache is None else cache.values.copy()
+    values[bad.rows] = np.nan
+    n_known = int(np.isfinite(values).sum())
     values[bad.rows] = 0
     left = np.flatnonzero(np.isnan(values))
     rows = how.ranks.share(left[np.lexsort((particles.index[left], particles.stack_of[left]))])
-    n_known = len(particles) - len(left)
-    progress.skip(n_known)
+    progress.skip(len(particles) - len(left))
     how.ranks.wait()  # until all have read what is known
 
     # Batches as they come; scores go to their input rows.
@@ -151,12 +156,19 @@ def score_particles(
             progress.step(len(batch_rows))
 
         # What the other processes found, and the images that can't be used.
+        require_unchanged()
         found = (rows, values[rows], bad.to_dict())
         for others_rows, others_values, others_bad in how.ranks.gather(found):
             values[others_rows] = others_values
             bad.update(others_bad)
         values[bad.rows] = 0
         features.close(bad.rows)
+        if how.ranks.first and not np.isfinite(values).all():
+            raise ModelError(
+                f"The model gives no score for {int((~np.isfinite(values)).sum()):,} of "
+                f"{len(values):,} images that can be used. Its weights are too large for them; "
+                "train it again."
+            )
         bad.refuse_if_all()
         if not how.skip_bad:
             bad.refuse(how.skipping)

@@ -7,9 +7,11 @@ cut off is done again exactly.
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import math
 import time
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from relion_cryofilter.errors import CryoFilterError
 from relion_cryofilter.files import replacing
 from relion_cryofilter.images.preprocess import turn
 from relion_cryofilter.images.small_images import SmallImages
@@ -107,10 +110,13 @@ class Trainer:
         self.prior_logit = math.log(share / (1 - share))
         self.checkpoint = checkpoint
         self.identity = {**identity, "settings": asdict(settings)}
-        self.optimiser = torch.optim.AdamW(network.parameters(), settings.learning_rate)
+        self.optimiser = self._new_optimiser()
         self.history: list[Epoch] = []
         self.start_auc = -1.0
         self.best_state: dict[str, Any] = copy.deepcopy(network.state_dict())
+
+    def _new_optimiser(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.network.parameters(), self.settings.learning_rate)
 
     def run(
         self,
@@ -220,6 +226,11 @@ class Trainer:
     def _validate(self) -> tuple[float, float, float]:
         """Return loss, accuracy and AUC on the validation part."""
         logits = predict(self.network, self.images, self.split.validation)
+        if not torch.isfinite(logits).all():
+            raise CryoFilterError(
+                "The training diverged: the network's outputs are no numbers any more. Train with "
+                f"a smaller --learning_rate (it is {self.settings.learning_rate:g})."
+            )
         rows = torch.from_numpy(self.split.validation)
         targets, weights = self.targets[rows], self.weights[rows]
         loss = binary_cross_entropy_with_logits(logits, targets, weights)
@@ -231,18 +242,24 @@ class Trainer:
         if not self.checkpoint.is_file():
             return
         try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            content = io.BytesIO(self.checkpoint.read_bytes())
+            with zipfile.ZipFile(content) as parts:  # torch itself checks no checksum
+                if damaged := parts.testzip():
+                    raise zipfile.BadZipFile(damaged)
+            state = torch.load(content, map_location="cpu", weights_only=True)
             if state["identity"] != self.identity:
                 other = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
                 said = "%s is of another training; starting anew (other: %s)."
                 log.warning(said, self.checkpoint, ", ".join(other))
                 return
             history = [Epoch(**epoch) for epoch in state["history"]]
+            self.network.load_state_dict(state["best"])
             self.network.load_state_dict(state["network"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.best_state, self.history = state["best"], history
         except Exception as error:  # torch raises many kinds for a damaged file
             self.network.load_state_dict(self.best_state)
+            self.optimiser = self._new_optimiser()
             found = type(error).__name__
             log.warning("%s can't be read (%s); starting anew.", self.checkpoint, found)
             return

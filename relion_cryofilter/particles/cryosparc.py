@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -14,8 +15,9 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from relion_cryofilter.errors import CryoSparcError
-from relion_cryofilter.files import SCORE_LABEL, replacing
+from relion_cryofilter.errors import CryoFilterError, CryoSparcError
+from relion_cryofilter.files import SCORE_LABEL, remove, replacing
+from relion_cryofilter.inputs import seen
 from relion_cryofilter.particles.particles import OpticsGroup, ParticleSet, numbered, particle_set
 
 log = logging.getLogger("relion_cryofilter")
@@ -139,8 +141,15 @@ class CsTable:
 
     def scores(self, label: str = SCORE_LABEL) -> np.ndarray:
         """Return the scores (n,), 0 to 1; they are in one field, whatever the `label`."""
-        values = self.needed(SCORE_FIELD, "Give the particles.cs of a score job.")
-        return np.round(values.astype(float), 6)
+        values = self.needed(SCORE_FIELD, "Give the particles.cs of a score job.").astype(float)
+        bad = np.flatnonzero(~((values >= 0) & (values <= 1)))
+        if len(bad):
+            row = int(bad[0])
+            raise CryoSparcError(
+                f"{self.place(row)}: {SCORE_FIELD} is {values[row]}; expected a score from 0 to 1. "
+                "Give the particles.cs of a score job."
+            )
+        return np.round(values, 6)
 
     def classes(self) -> np.ndarray:
         """Return the numbers of the 2D classes, (n,) int64."""
@@ -193,8 +202,8 @@ class CsTable:
     def remove(self, path: Path) -> None:
         """Remove what an earlier `write` made of `path`."""
         for name in _part_names(path, len(self.passthroughs)):
-            path.with_name(name).unlink(missing_ok=True)
-        path.with_suffix(".csg").unlink(missing_ok=True)
+            remove(path.with_name(name))
+        remove(path.with_suffix(".csg"))
 
 
 def _part_names(path: Path, n_passthroughs: int) -> list[str]:
@@ -213,6 +222,7 @@ def read_cs(path: Path, passthrough: Path | None = None) -> CsTable:
     if path.suffix == ".csg":
         yaml: Any = optional("yaml", "PyYAML")
         try:
+            seen(path, path.stat())
             content = yaml.safe_load(path.read_text())
             results = dict(content["results"].items())
             names = list(dict.fromkeys(str(result["metafile"]) for result in results.values()))
@@ -245,6 +255,7 @@ def load_cs(path: Path) -> CsFile:
     module = optional("cryosparc.dataset", TOOLS)
     try:
         with path.open("rb") as file:
+            seen(path, os.fstat(file.fileno()))
             compressed = file.read(6) == module.FORMAT_MAGIC_PREFIXES[module.CSDAT_FORMAT]
         if compressed:
             dtype, names = None, [item[0] for item in module.Dataset.inspect(path)["dtype"]]
@@ -259,6 +270,8 @@ def load_cs(path: Path) -> CsFile:
             f"{path}: can't be read ({error.strerror or error}). Paths are relative to the working "
             f"directory, {Path.cwd()}."
         ) from error
+    except CryoFilterError:
+        raise
     except Exception as error:  # cryosparc-tools has one error for everything, and asserts
         raise CryoSparcError(
             f"{path}: can't be read as a CryoSPARC dataset ({error.__cause__ or error}). Give the "
@@ -317,13 +330,20 @@ def particles_of_cs(table: CsTable, project: Path | None = None) -> ParticleSet:
         log.info("Protein is dark in %d stack(s) (blob/sign -1); contrast inverted.", sum(inverted))
     location = table.column("location/micrograph_path")
     micrographs = None if location is None else numbered(location)
-    # One optics group for each pixel size.
-    sizes = table.column("blob/psize_A")
-    sizes = np.zeros(len(table)) if sizes is None else sizes.astype(float)
-    kinds, optics_of = np.unique(sizes, return_inverse=True)
-    known = [size if size > 0 else None for size in kinds.tolist()]
-    optics = [OpticsGroup(str(number), size) for number, size in enumerate(known, 1)], optics_of
+    # One optics group for each pixel size and box.
+    sizes, shapes = table.column("blob/psize_A"), table.column("blob/shape")
+    size, size_of = np.unique(np.zeros(len(table)) if sizes is None else sizes, return_inverse=True)
+    boxes = np.zeros(len(table)) if shapes is None or shapes.ndim != 2 else shapes[:, -1]
+    box, box_of = np.unique(boxes, return_inverse=True)
+    kinds, optics_of = np.unique(size_of * len(box) + box_of, return_inverse=True)
+    both = [(size[kind // len(box)], box[kind % len(box)]) for kind in kinds.tolist()]
+    known = [[float(value) if value > 0 else None for value in kind] for kind in both]
+    optics = [OpticsGroup(str(n), *kind) for n, kind in enumerate(known, 1)], optics_of
     root, index = _project_of(table.source, names, project), table.needed("blob/idx", cure)
+    if index.dtype.kind not in "iu":
+        raise CryoSparcError(
+            f"{table.source}: blob/idx holds {index.dtype}; expected whole numbers."
+        )
     return particle_set(
         table.source, root, (stacks, stack_of), index, micrographs, optics, inverted, table
     )

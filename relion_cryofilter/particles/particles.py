@@ -18,6 +18,7 @@ from relion_cryofilter.particles.stacks import read_header
 from relion_cryofilter.particles.star import (
     IMAGE_NAME,
     IMAGE_PIXEL_SIZE,
+    IMAGE_SIZE,
     MICROGRAPH_NAME,
     OPTICS_GROUP,
     Loop,
@@ -27,7 +28,7 @@ from relion_cryofilter.particles.star import (
 from relion_cryofilter.progress import counted
 
 _LARGEST_INDEX = 2**31 - 1  # RELION and the MRC header count images with 32 bits
-_MOST_IMAGES = 10_000_000  # more missing ones are a damaged header, not a truncated stack
+_MOST_MISSING = 100_000  # more are a damaged header, not a truncated stack
 _NO_NAMES = {"", "null", "none", "nan", "na", "n/a", "<na>", "undefined", "unknown", "-", "0"}
 _TRIED = 100  # so many stacks tell which folder their names are relative to
 _LABELS = (IMAGE_NAME, MICROGRAPH_NAME, OPTICS_GROUP)  # the columns that are read
@@ -131,10 +132,11 @@ def numbered(names: Iterable[str]) -> tuple[tuple[str, ...], np.ndarray]:
 
 @dataclass(frozen=True)
 class OpticsGroup:
-    """One optics group: the value of rlnOpticsGroup, and the pixel size of its images if known."""
+    """One optics group: the value of rlnOpticsGroup; pixel size and box of its images if known."""
 
     name: str
     pixel_size_angstrom: float | None = None
+    box_px: float | None = None
 
 
 def group_name(text: str) -> str:
@@ -170,6 +172,8 @@ class ParticleSet:
         Optics groups and (n,) int32 into them.
     has_micrographs
         Whether the input names micrographs.
+    unnumbered
+        Names of stacks that are named without a number, so they should hold one image.
     inverted
         For each stack, whether protein is dark in it, so that its images are contrast-inverted
         when read; empty if it is dark in none.
@@ -189,6 +193,7 @@ class ParticleSet:
     has_micrographs: bool = False
     inverted: tuple[bool, ...] = ()
     table: Table | None = None
+    unnumbered: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.stack_of)
@@ -282,14 +287,19 @@ def read_particles(path: str | Path) -> ParticleSet:
     groups: dict[str, OpticsGroup] = {}
     table = star.loop("optics")
     if table and OPTICS_GROUP in table.labels:
-        known = [label for label in (OPTICS_GROUP, IMAGE_PIXEL_SIZE) if label in table.labels]
-        for name, *size in table.columns(known):
-            groups[group_name(name)] = OpticsGroup(group_name(name), *map(_positive, size))
+        known = [
+            label for label in (OPTICS_GROUP, IMAGE_PIXEL_SIZE, IMAGE_SIZE) if label in table.labels
+        ]
+        for texts_of in table.columns(known):
+            about = dict(zip(known, texts_of))
+            sizes = [_positive(about.get(label, "")) for label in (IMAGE_PIXEL_SIZE, IMAGE_SIZE)]
+            name = group_name(about[OPTICS_GROUP])
+            groups[name] = OpticsGroup(name, *sizes)
     if not groups:
         groups["1"] = OpticsGroup("1", _pixel_size_of_rows(loop))
         labels = [label for label in labels if label != OPTICS_GROUP]
     # Of each row the numbers of its stack, micrograph and optics group, and its image's place.
-    stacks, micrographs = dict[str, int](), dict[str, int]()
+    stacks, micrographs, unnumbered = dict[str, int](), dict[str, int](), set[str]()
     groups_seen = {name: number for number, name in enumerate(groups)}
     stack_of, micrograph_of, optics_of = np.zeros((3, loop.n_rows), np.int32)
     index = np.empty(loop.n_rows, np.int64)
@@ -299,6 +309,9 @@ def read_particles(path: str | Path) -> ParticleSet:
         part = slice(first, first + len(chunk[0]))
         index[part], names = parse_image_names(texts[IMAGE_NAME], loop.place, first)
         stack_of[part] = numbers_of(names, stacks)
+        for row in np.flatnonzero(index[part] == 0).tolist():  # where a name without number is
+            if "@" not in texts[IMAGE_NAME][row]:
+                unnumbered.add(names[row])
         if MICROGRAPH_NAME in texts:
             micrograph_of[part] = numbers_of(texts[MICROGRAPH_NAME], micrographs)
         if OPTICS_GROUP in texts:
@@ -315,7 +328,8 @@ def read_particles(path: str | Path) -> ParticleSet:
     named = (micrographs, micrograph_of) if micrographs else None
     root = project_root(path, list(stacks))
     optics = groups.values(), optics_of
-    return particle_set(path, root, (stacks, stack_of), index, named, optics, table=loop)
+    found = particle_set(path, root, (stacks, stack_of), index, named, optics, table=loop)
+    return replace(found, unnumbered=frozenset(unnumbered)) if unnumbered else found
 
 
 def _pixel_size_of_rows(loop: Loop) -> float | None:
@@ -335,7 +349,7 @@ def particles_of_stacks(paths: Sequence[Path]) -> ParticleSet:
     """Return every image of plain stacks, in the order given; an ImageError if one is damaged."""
     headers = [read_header(path) for path in paths]
     for header in headers:
-        if header.n_images > _MOST_IMAGES + header.n_complete:
+        if header.n_images > _MOST_MISSING + header.n_complete:
             raise ImageError(
                 f"{header.path}: its header says {header.n_images:,} images, the file holds "
                 f"{header.n_complete:,}. The file is damaged; copy or extract it again."
@@ -343,6 +357,12 @@ def particles_of_stacks(paths: Sequence[Path]) -> ParticleSet:
     counts = [header.n_images for header in headers]
     stack_of = np.repeat(np.arange(len(paths)), counts)
     index = np.concatenate([np.arange(count) for count in counts])
+    for header in headers:
+        if header.is_volume and header.n_images == header.ny == header.nx:
+            raise ImageError(
+                f"{header.path}: looks like a map ({header.nx} px in each direction), not a stack "
+                "of particle images. Give stacks of 2D images."
+            )
     optics = [OpticsGroup("1", headers[0].pixel_size_angstrom)], np.zeros(len(index))
     names = list(map(str, paths))
     return particle_set(" ".join(names), Path(), (names, stack_of), index, optics=optics)
@@ -373,7 +393,8 @@ def concatenate(sets: Sequence[ParticleSet]) -> ParticleSet:
     optics = [group for item in sets for group in item.optics], optics_of
     source, mics = ", ".join(item.source for item in sets), (micrographs, micrograph_of)
     joined = particle_set(source, Path(), (names, stack_of), index, mics, optics, dark)
-    return replace(joined, stacks=paths, has_micrographs=named)
+    unnumbered = frozenset[str]().union(*(item.unnumbered for item in sets))
+    return replace(joined, stacks=paths, has_micrographs=named, unnumbered=unnumbered)
 
 
 def project_root(star_path: Path, stacks: Sequence[str]) -> Path:
@@ -382,18 +403,28 @@ def project_root(star_path: Path, stacks: Sequence[str]) -> Path:
     RELION's rule is the working directory, which is the project. When run from elsewhere: the
     nearest parent of the STAR file that holds default_pipeline.star, or a folder above the STAR
     file (CryoSPARC's project, for csparc2star); the first of those in which most stacks exist, of
-    a hundred that are spread over the file.
+    a hundred that are spread over the file. Where the working directory has another stack of that
+    name than the nearest of the others, nobody can tell which is meant: a StarError.
     """
     tried = [stacks[n] for n in np.unique(np.linspace(0, len(stacks) - 1, _TRIED).astype(int))]
     most, best = 0, None
     project = find_project(star_path.parent)
     here = Path()
-    for folder in filter(None, (here, project, star_path.parent, *star_path.resolve().parents)):
+    folders = [here, *filter(None, (project, star_path.parent, *star_path.resolve().parents))]
+    for folder in folders:
         there = sum((folder / name).is_file() for name in tried)
         if there > most:
             most, best = there, folder
         if there == len(tried):
             break
     if best is not None:
+        first = next(name for name in tried if (best / name).is_file())
+        nearest = next((one for one in folders[1:] if (one / first).is_file()), best)
+        if best is here and not (here / first).samefile(nearest / first):
+            raise StarError(
+                f"{star_path}: its image stack {first} is in the working directory, "
+                f"{Path.cwd()}, and another of that name in {nearest.resolve()}. Start this in the "
+                "folder of the project that the STAR file belongs to."
+            )
         return best
     return here if project is None or find_project(here) == here.resolve() else project

@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.errors import ImageError
+from relion_cryofilter.inputs import Identity, seen
 from relion_cryofilter.particles.signatures import (
     IMAGES,
     STAR,
@@ -44,12 +45,13 @@ MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
 _MAX_BOX_PX = 65536
 _MAX_READ_BYTES = 1 << 30
 _IMOD_STAMP, _SIGNED_BYTES = 1146047817, 1  # and the bit of IMOD's flags
-# Sizes in px, the cell's width in px and Å, the bytes of the extended header, the largest value,
-# and IMOD's stamp and flags.
+# Sizes in px, the cell's in px and its width in Å, the largest value, the space group, the bytes of
+# the extended header, and IMOD's stamp and flags.
 _HEADER = np.dtype({
-    "names": ["nx", "ny", "nz", "mode", "mx", "cell_x", "extended", "largest", "imod", "flags"],
-    "formats": ["i4", "i4", "i4", "i4", "i4", "f4", "i4", "f4", "i4", "i4"],
-    "offsets": [0, 4, 8, 12, 28, 40, 92, 80, 152, 156],
+    "names": ["nx", "ny", "nz", "mode", "mx", "mz", "cell_x", "largest", "space_group",
+              "extended", "imod", "flags"],
+    "formats": ["i4", "i4", "i4", "i4", "i4", "i4", "f4", "f4", "i4", "i4", "i4", "i4"],
+    "offsets": [0, 4, 8, 12, 28, 36, 40, 80, 88, 92, 152, 156],
     "itemsize": HEADER_BYTES,
 })  # fmt: skip
 
@@ -67,6 +69,8 @@ class StackHeader:
     n_complete: int  # images that the file is long enough to hold
     pixel_size_angstrom: float | None  # None where it says 0 or 1, which stand for "not known"
     inverted: bool = False  # protein is dark, so the images are contrast-inverted when read
+    identity: Identity | None = None  # of the file when its header was read
+    is_volume: bool = False  # the header says that all sections are one volume
 
     @property
     def image_bytes(self) -> int:
@@ -79,7 +83,7 @@ def read_header(path: Path) -> StackHeader:
     try:
         with path.open("rb") as file:
             raw = file.read(HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
     except OSError as error:
         raise ImageError(
             f"{path}: can't be read ({error.strerror}). Run this in the RELION project folder, "
@@ -90,7 +94,8 @@ def read_header(path: Path) -> StackHeader:
         if len(raw) < HEADER_BYTES:
             continue
         header = np.frombuffer(raw, _HEADER.newbyteorder(order))[0]
-        nx, ny, nz, mode, mx, cell_x, extended, largest, imod, flags = header.item()
+        (nx, ny, nz, mode, mx, mz, cell_x, largest, space_group, extended, imod,
+         flags) = header.item()  # fmt: skip
         sizes = 0 < nx <= _MAX_BOX_PX and 0 < ny <= _MAX_BOX_PX and nz > 0
         if sizes and 0 <= mode <= 101 and extended >= 0:
             break
@@ -109,10 +114,13 @@ def read_header(path: Path) -> StackHeader:
     unsigned = 127 < largest <= 255 or (imod == _IMOD_STAMP and not flags & _SIGNED_BYTES)
     dtype = np.dtype(order + ("u1" if mode == 0 and unsigned else MODES[mode]))
     offset = HEADER_BYTES + extended
-    complete = min(nz, max(0, size - offset) // (ny * nx * dtype.itemsize))
+    complete = min(nz, max(0, status.st_size - offset) // (ny * nx * dtype.itemsize))
     pixel_size = cell_x / mx if mx > 0 else 0.0
     known = pixel_size > 0 and pixel_size != 1.0 and np.isfinite(pixel_size)
-    return StackHeader(path, nz, ny, nx, dtype, offset, complete, pixel_size if known else None)
+    return StackHeader(
+        path, nz, ny, nx, dtype, offset, complete, pixel_size if known else None,
+        identity=seen(path, status), is_volume=space_group != 0 and 1 < nz == mz,
+    )  # fmt: skip
 
 
 def kind_of_file(path: Path) -> FileKind | None:
@@ -211,13 +219,16 @@ class StackReader:
         ------
         ImageError
             A stack became shorter or unreadable since its header was read.
+        CryoFilterError
+            A stack is another one than when its header was read.
         """
         dtype = plan.runs[0].stack.dtype
         n_bytes = int(np.prod(plan.shape)) * dtype.itemsize
         if len(self._buffer) < n_bytes:
             self._buffer = self._make_buffer(n_bytes)
         view, start = self._buffer[:n_bytes].data, 0
-        for path, runs in groupby(plan.runs, key=lambda run: run.stack.path):
+        for path, group in groupby(plan.runs, key=lambda run: run.stack.path):
+            runs = list(group)
             try:
                 with path.open("rb", buffering=0) as file:
                     for run in runs:
@@ -225,6 +236,7 @@ class StackReader:
                         offset = run.stack.data_offset + run.first * run.stack.image_bytes
                         _read_fully(file.fileno(), view[start:end], offset, path)
                         start = end
+                    seen(path, os.fstat(file.fileno()), runs[0].stack.identity)
             except OSError as error:
                 raise ImageError(f"{path}: reading failed ({error.strerror}).") from error
         images = np.frombuffer(self._buffer[:n_bytes], dtype).reshape(plan.shape)

@@ -32,7 +32,8 @@ from typing import BinaryIO, ClassVar
 import numpy as np
 
 from relion_cryofilter.errors import StarError
-from relion_cryofilter.files import SCORE_LABEL, replacing
+from relion_cryofilter.files import SCORE_LABEL, remove, replacing
+from relion_cryofilter.inputs import Identity, identity_of, reading
 from relion_cryofilter.particles.signatures import STAR
 from relion_cryofilter.particles.stacks import kind_of_file
 
@@ -40,6 +41,7 @@ IMAGE_NAME = "rlnImageName"
 MICROGRAPH_NAME = "rlnMicrographName"
 OPTICS_GROUP = "rlnOpticsGroup"
 IMAGE_PIXEL_SIZE = "rlnImagePixelSize"
+IMAGE_SIZE = "rlnImageSize"
 IMAGE_DIMENSIONALITY = "rlnImageDimensionality"
 CLASS_NUMBER = "rlnClassNumber"
 COORDINATES = ("rlnCoordinateX", "rlnCoordinateY")
@@ -47,7 +49,10 @@ DEFOCUS = ("rlnDefocusU", "rlnDefocusV")
 CTF_MAX_RESOLUTION = "rlnCtfMaxResolution"
 AUTOPICK_FIGURE_OF_MERIT = "rlnAutopickFigureOfMerit"
 _OPTIMISATION_SET_LABELS = {"rlnTomoParticlesFile", "rlnTomoTomogramsFile"}
-_TOMO_LABELS = {"rlnTomoParticleName", "rlnTomoParticleId", "rlnTomoVisibleFrames"}
+_TOMO_LABELS = {
+    "rlnTomoParticleName", "rlnTomoParticleId", "rlnTomoVisibleFrames",
+    "rlnCtfImage", "rlnCoordinateZ",  # of RELION 3, Warp and their like
+}  # fmt: skip
 
 CHUNK_BYTES = 4 << 20  # most bytes that are read at once
 # A value, in quotes or bare, or a comment: ", ' and # count where a value begins.
@@ -103,6 +108,8 @@ class Loop:
         Line number (1-based) of the first row, and the number of rows.
     fault
         Why RELION would not read this loop whole; None when it would.
+    identity
+        Of the file when it was scanned; a file that is another one later is refused.
     """
 
     suffix: ClassVar[str] = ".star"  # end of the names of files like this one
@@ -117,6 +124,7 @@ class Loop:
     first_line: int = 0
     n_rows: int = 0
     fault: str | None = None
+    identity: Identity | None = field(default=None, compare=False)
 
     def place(self, row: int) -> str:
         """Return file, row and line of the 0-based `row`, for messages."""
@@ -124,7 +132,7 @@ class Loop:
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the rows, whole lines, a few megabytes at a time."""
-        with self.path.open("rb", buffering=0) as file:
+        with reading(self.path, self.identity) as file:
             file.seek(self.rows_start)
             yield from whole_lines(file, self.rows_end - self.rows_start)
 
@@ -232,8 +240,9 @@ class Loop:
         put in place of the old one where the column `label` is there already; it has six decimals.
         All other blocks are copied. The files appear together, when all of them are complete.
         """
-        with ExitStack() as stack, self.path.open("rb", buffering=1 << 20) as source:
+        with ExitStack() as stack:
             files = [stack.enter_context(replacing(path)) for path in subsets]
+            source = stack.enter_context(reading(self.path, self.identity, buffering=1 << 20))
             # Everything before the rows, with a new last label in the layout of the others.
             head = source.read(self.labels_end)
             if scores is not None and label not in self.labels:
@@ -285,7 +294,7 @@ class Loop:
 
     def remove(self, path: Path) -> None:
         """Remove what an earlier `write` made of `path`."""
-        path.unlink(missing_ok=True)
+        remove(path)
 
 
 def _numbers(texts: Sequence[str]) -> np.ndarray:
@@ -299,17 +308,36 @@ def _numbers(texts: Sequence[str]) -> np.ndarray:
     return numbers
 
 
+@dataclass
+class OneRow(Loop):
+    """A block of single values, which is a table of one row: its `values` by label."""
+
+    values: Mapping[str, str] = field(default_factory=dict)
+
+    def column_chunks(self, labels: Sequence[str]) -> Iterator[list[list[str]]]:
+        """Yield the one row."""
+        yield [[self.values[label]] for label in labels]
+
+
 @dataclass(frozen=True)
 class StarFile:
-    """The layout of a STAR file: its loops, and its single values by label."""
+    """The layout of a STAR file: its loops, and its single values by block and label."""
 
     path: Path
     loops: tuple[Loop, ...]
-    pairs: Mapping[str, str]
+    lists: Mapping[str, Mapping[str, str]]
+
+    @property
+    def pairs(self) -> Mapping[str, str]:
+        """The single values of all blocks by label."""
+        return {label: text for values in self.lists.values() for label, text in values.items()}
 
     def loop(self, block: str) -> Loop | None:
-        """Return the first loop of `block` (named without ``data_``), or None."""
-        return next((loop for loop in self.loops if loop.block == block), None)
+        """Return the first loop of `block` (named without ``data_``), or its single values."""
+        found = next((loop for loop in self.loops if loop.block == block), None)
+        if found is None and (values := self.lists.get(block)):
+            return OneRow(self.path, block, tuple(values), n_rows=1, values=values)
+        return found
 
 
 def read_star(path: Path) -> StarFile:
@@ -319,7 +347,8 @@ def read_star(path: Path) -> StarFile:
         raise StarError(f"{path}: expected a STAR file, but this is {kind}")
     scanner = _Scanner(path)
     try:
-        with path.open("rb", buffering=0) as file:
+        with reading(path) as file:
+            scanner.identity = identity_of(os.fstat(file.fileno()))
             for chunk in whole_lines(file):
                 scanner.scan(chunk)
     except OSError as error:
@@ -329,7 +358,7 @@ def read_star(path: Path) -> StarFile:
         ) from error
     if scanner.block is None:
         raise StarError(f"{path}: no data_ block found; is this a STAR file?")
-    return StarFile(path, tuple(scanner.loops), scanner.pairs)
+    return StarFile(path, tuple(scanner.loops), scanner.lists)
 
 
 @dataclass
@@ -337,9 +366,10 @@ class _Scanner:
     """Sees the lines of a STAR file once and notes where its loops are."""
 
     path: Path
+    identity: Identity | None = field(default=None, compare=False)
     block: str | None = None
     loops: list[Loop] = field(default_factory=list)
-    pairs: dict[str, str] = field(default_factory=dict)
+    lists: dict[str, dict[str, str]] = field(default_factory=dict)
     loop: Loop | None = None  # the last one, until the next block begins
     gap_line: int = 0  # of the first blank or comment after the loop's rows
     offset: int = 0  # of the current line
@@ -390,7 +420,9 @@ class _Scanner:
         elif self.block is None:
             raise self.error("found text before the first data_ block", "Give a STAR file")
         elif word == b"loop_":
-            self.loop = Loop(self.path, self.block, (), False, b"\n", end, end, end)
+            self.loop = Loop(
+                self.path, self.block, (), False, b"\n", end, end, end, identity=self.identity
+            )
             self.loops.append(self.loop)
             self.gap_line = 0
         elif loop is not None and word.startswith(b"_") and not loop.n_rows:
@@ -417,8 +449,12 @@ class _Scanner:
             loop.n_rows += 1
             loop.rows_end = end
         elif word.startswith(b"_"):
-            value = text[len(word) :].strip()
-            self.pairs[word[1:].decode(errors="replace")] = value.decode(errors="replace")
+            _, *values = tokens(text)
+            value = os.fsdecode(values[0]) if values else ""
+            if value[:1] in ('"', "'") and value[-1:] == value[:1] and len(value) > 1:
+                value = value[1:-1]
+            block = self.lists.setdefault(self.block, {})
+            block[word[1:].decode(errors="replace")] = value
 
 
 def particle_loop(star: StarFile) -> Loop:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import sys
 import traceback
@@ -21,7 +20,8 @@ from types import FrameType
 from typing import Any
 
 from relion_cryofilter.errors import Aborted, CryoFilterError, UsageError, readable
-from relion_cryofilter.files import find_project
+from relion_cryofilter.files import find_project, is_ours, remove_unfinished
+from relion_cryofilter.locks import FolderInUse, own, release
 from relion_cryofilter.options import JOB_MODES, MODES
 from relion_cryofilter.processes import process_number
 from relion_cryofilter.relion.advice import advice_on
@@ -50,14 +50,18 @@ class JobFolder:
     def __init__(self, name: str) -> None:
         self.name = name if name.endswith("/") else f"{name}/"
         self.path = Path(name)
+        self.in_use = False  # by another job, whose exit file it is
 
     def open(self) -> None:
-        """Make the folder; remove the exit files and unfinished files of an earlier run."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Make the folder ours; remove the exit files and unfinished files of an earlier run."""
+        try:
+            own(self.path)
+        except FolderInUse:
+            self.in_use = True
+            raise
         for name in (SUCCESS, FAILURE, ABORTED):
             (self.path / name).unlink(missing_ok=True)
-        for leftover in self.path.glob(".*.part"):
-            leftover.unlink()
+        remove_unfinished(self.path)
 
     def abort_requested(self) -> bool:
         """Tell whether somebody chose "Abort running" in RELION's window."""
@@ -65,19 +69,23 @@ class JobFolder:
 
     def close(self, outcome: str) -> None:
         """Leave the exit file `outcome`, and wake up an open RELION 5 window."""
+        if self.in_use:
+            return
         (self.path / ABORT_NOW).unlink(missing_ok=True)
         (self.path / outcome).touch()
         project = find_project(Path()) or find_project(self.path)
         if project is not None:
             with suppress(OSError):
                 (project / PIPELINE_CHANGED).touch()
+        release(self.path)
 
 
 def output_folder(words: Sequence[str]) -> JobFolder | None:
     """Find the job's folder in unparsed words: the value of ``--o``, if it is that of a job.
 
     None for commands that write a file to ``--o`` (``convert``, ``job``), and for a folder that
-    is not ours: of another kind of RELION job, or where the input is. Nothing is touched there.
+    is not ours: of another RELION job, with others' files, or where the input is. Nothing is
+    touched there.
     """
     value = _value_of("o", words)
     if not value:
@@ -88,7 +96,7 @@ def output_folder(words: Sequence[str]) -> JobFolder | None:
     if named == "job" or file_expected or (path.exists() and not path.is_dir()):
         return None
     source = _value_of("in_parts", words)
-    if (source and Path(source).resolve().parent == path.resolve()) or _is_of_another_job(path):
+    if (source and Path(source).resolve().parent == path.resolve()) or not is_ours(path):
         return None
     return JobFolder(value)
 
@@ -103,17 +111,6 @@ def _value_of(name: str, words: Sequence[str]) -> str:
         rest = list(takewhile(lambda other: not other.startswith("--"), words[place + 1 :]))
         value = " ".join([first, *rest] if equals else rest) or value
     return value
-
-
-def _is_of_another_job(folder: Path) -> bool:
-    """Tell whether RELION or the ccpem-pipeliner made the folder for a job that is not ours."""
-    try:
-        text = (folder / "job.star").read_text(errors="replace")
-    except OSError:
-        return False
-    kind = re.search(r"^_rlnJobType(?:Label)?\s+(\S+)", text, re.M)
-    name = kind[1] if kind is not None else "external"
-    return not (name == "99" or "external" in name or name.startswith("cryofilter."))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

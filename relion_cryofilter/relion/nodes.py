@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from relion_cryofilter.files import write_text
+from relion_cryofilter.files import remove, write_text
 
 NODES_FILE = "RELION_OUTPUT_NODES.star"
 VERSIONS = ("3.1", "4.0", "5.0")
@@ -54,7 +54,7 @@ def write_output_nodes(job_folder: Path, nodes: Sequence[Node]) -> None:
     """
     path = job_folder / NODES_FILE
     if not nodes:
-        path.unlink(missing_ok=True)
+        remove(path)
         return
     labels = _LABEL[relion_version(job_folder)]
     lines = ["data_output_nodes", "", "loop_", "_rlnPipeLineNodeName #1",

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from relion_cryofilter.errors import UsageError
-from relion_cryofilter.files import find_project, write_text
+from relion_cryofilter.files import find_project, require_ours, write_text
 from relion_cryofilter.options import MODES, available_cores
 
 JOB_FILE = "job.star"
@@ -18,6 +18,7 @@ GUI_FILE = ".gui_externaljob.star"
 N_PARAMETERS = 10
 _INPUTS = {"in_parts": "in_part"}
 _OTHER_INPUTS = ("in_mov", "in_mic", "in_coords", "in_3dref", "in_mask")
+_TRACES_OF_JOBS = ("job_pipeline.star", "run.job", "run.out", "note.txt")
 _NOT_PARAMETERS = ("mode", "o", "j", *_INPUTS)
 _FLAGS = {
     item.name
@@ -55,6 +56,12 @@ def write_job_files(given: Mapping[str, list[str]]) -> None:
     source = " ".join(given.get("in_parts", []))
     if source and not Path(source).is_file():
         log.warning("--in_parts %s does not exist here (yet).", source)
+    for path in paths:
+        if named and any((path.parent / name).exists() for name in _TRACES_OF_JOBS):
+            raise UsageError(
+                f"{path.parent} is the folder of a RELION job. Name another file for --o."
+            )
+        require_ours(path, "External job")
     for path in paths:
         verb = "Replaced" if path.exists() else "Wrote"
         path.parent.mkdir(parents=True, exist_ok=True)

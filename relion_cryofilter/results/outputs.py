@@ -24,8 +24,10 @@ from relion_cryofilter.files import (
     SCORE_LABEL,
     SUSPICIOUS,
     numbered,
+    require_ours,
     write_text,
 )
+from relion_cryofilter.locks import own
 from relion_cryofilter.particles.particles import Table
 from relion_cryofilter.progress import counted
 from relion_cryofilter.results.charts import SCORE_HISTOGRAM, evaluation_charts, history_charts
@@ -50,11 +52,11 @@ class Output:
 
 
 def results_folder(*named: Path | None) -> Path:
-    """Return the first folder that is named (``--o``, or its 2020 name), made where missing."""
+    """Return the first folder that is named (``--o``, or its 2020 name), made and made ours."""
     folder = next(filter(None, named), None)
     if folder is None:
         raise UsageError("Say where the results go: --o FOLDER/.")
-    folder.mkdir(parents=True, exist_ok=True)
+    own(folder)
     return folder
 
 
@@ -64,14 +66,22 @@ def subset_names() -> list[str]:
     return [Path(name).stem + end for name in (ALL, ACCEPTED, REJECTED) for end in ends]
 
 
-def refuse_to_overwrite(sources: Iterable[Path | None], results: Iterable[Path]) -> None:
-    """Raise a UsageError if a result would replace an input."""
+def refuse_to_overwrite(
+    sources: Iterable[Path | None], results: Iterable[Path], kind: str = ""
+) -> None:
+    """Raise a UsageError if a result would replace an input, or what is not ours.
+
+    With `kind`, a result named by the user must be one of this kind (see `files.require_ours`).
+    """
+    results = list(results)
     targets = {os.path.realpath(path) for path in results}
     for source in sources:
         if source is not None and os.path.realpath(source) in targets:
             raise UsageError(
                 f"The results would overwrite the input {source}. Choose another folder for --o."
             )
+    for path in results if kind else ():
+        require_ours(path, kind)
 
 
 def write_subsets(

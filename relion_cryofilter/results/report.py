@@ -60,7 +60,7 @@ def score_report(
     pick_maps, features = summaries.pick_maps(particles, accepted), _features(scores, values)
 
     # In words.
-    seconds, n = scores.seconds, len(values) - scores.n_known
+    seconds, n = scores.seconds, len(values) - scores.n_known - len(scores.bad)
     facts = [
         *set_facts(particles),
         ("Model", models.describe()),

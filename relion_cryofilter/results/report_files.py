@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from relion_cryofilter.files import LOGFILE, REPORT, remove_file, replacing, write_text
+from relion_cryofilter.files import LOGFILE, REPORT, remove, replacing, write_text
 from relion_cryofilter.images.thumbnails import THUMBNAIL_PX, sprite
 from relion_cryofilter.progress import duration
 from relion_cryofilter.results.charts import Chart, clean, printable
@@ -117,7 +117,7 @@ def write_report(folder: Path, collect: Callable[[], Report]) -> tuple[Output, .
         write_html(folder / REPORT, report, pages)
     except Exception as error:  # whatever it is, the results are there and must stay a success
         for name in (LOGFILE, REPORT):
-            remove_file(folder / name)
+            remove(folder / name)
         log.warning(
             "No report (%s, %s) could be made: %s: %s. The results themselves are complete; "
             "--verbose shows where it failed.", LOGFILE, REPORT, type(error).__name__,

@@ -197,5 +197,6 @@ def simulate_selection(
         place = pipeline.index("\n \n", pipeline.index(f"data_pipeline_{table}\n")) + 1
         pipeline = pipeline[:place] + text + pipeline[place:]
     pipeline = re.sub(r"(Counter +)2\n", r"\g<1>4\n", pipeline)
+    (project / "default_pipeline.star").unlink()  # found above to be that of a new project
     write_text(project / "default_pipeline.star", pipeline)
     return source.parents[2] / SELECT / "particles.star"
