@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 
 class CryoFilterError(Exception):
@@ -45,3 +46,22 @@ def suggestion(word: str, known: Sequence[str], dashes: str = "") -> str:
     if nearest:
         return f"Did you mean {dashes}{nearest[0]}?"
     return f"There are {', '.join(dashes + name for name in known)}."
+
+
+def bounded(
+    value: Any,
+    low: int,
+    high: int,
+    what: str,
+    cure: str = "",
+    refuse: type[Exception] = CryoFilterError,
+) -> int:
+    """Return `value` if it is a whole number from `low` to `high`, else raise `refuse`.
+
+    Every number from a file or a variable passes here before it sizes, repeats or builds anything.
+    """
+    if type(value) is int and low <= value <= high:
+        return value
+    found = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "far larger"
+    found = found if len(found) <= 60 else f"{found[:60]}…"
+    raise refuse(f"{what} is {found}; expected a whole number from {low} to {high}. {cure}".strip())
