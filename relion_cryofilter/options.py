@@ -69,8 +69,8 @@ class JobOptions(Options):
 
     @property
     def threads(self) -> int:
-        """Number of threads to use."""
-        return self.j or available_cores()
+        """Number of threads to use: no more than there are cores for them."""
+        return min(self.j or available_cores(), available_cores())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import re
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from relion_cryofilter.errors import UsageError, bounded
@@ -212,6 +213,37 @@ def _first_node(nodes: str) -> str:
     """Return ``n012`` for ``n[012-014,020],m1``."""
     match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
     return (match[1] + (match[2] or "")) if match else ""
+
+
+def memory_left() -> float:
+    """Return how many bytes the limits ``ulimit -v`` and ``-d`` leave this process; inf if none."""
+    import resource
+
+    try:
+        fields = Path("/proc/self/statm").read_text().split()
+    except OSError:  # only Linux tells
+        return float("inf")
+    used = {resource.RLIMIT_AS: int(fields[0]), resource.RLIMIT_DATA: int(fields[5])}
+    limits = {kind: resource.getrlimit(kind)[0] for kind in used}
+    page = resource.getpagesize()
+    return min(
+        float("inf") if limit == resource.RLIM_INFINITY else float(limit - used[kind] * page)
+        for kind, limit in limits.items()
+    )
+
+
+def need_memory(n_bytes: float, what: str) -> None:
+    """Raise a MemoryError if a memory limit leaves less than `n_bytes` for `what`.
+
+    Asked before libraries are loaded: where one of them gets no memory it may crash, or wait for
+    some for ever (OpenBLAS).
+    """
+    left = memory_left()
+    if left < n_bytes:
+        raise MemoryError(
+            f"The memory limit of this process (ulimit -v or -d) leaves {left / 1e9:.1f} GB, and "
+            f"{what} needs about {n_bytes / 1e9:.1f} GB. Ask the queue for more memory"
+        )
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -183,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 raise
             if first:  # it speaks to RELION, the others only if they fail
                 folder.open()
+            folder.path.mkdir(parents=True, exist_ok=True)
             code = _in_child(folder, first) if argv is None else None
             if code is not None:
                 return code
@@ -309,7 +310,7 @@ def _report(error: BaseException, folder: JobFolder | None, verbose: bool) -> in
         code = 2 if isinstance(error, UsageError) else 1
         _say(str(error))
     elif isinstance(error, OSError | MemoryError):
-        _say(f"{error or 'out of memory'}. Check the disk, the memory and the permissions.")
+        _say(f"{str(error) or 'Out of memory'}. Check the disk, the memory and the permissions.")
     else:
         verbose = True
         _say(f"{type(error).__name__}: {error}. This is a bug in relion_cryofilter; please "
@@ -360,12 +361,13 @@ def _signals(folder: JobFolder) -> Iterator[None]:
     batch to end.
     """
     before: dict[int, Any] = {}
+    asked = False
 
     def end(number: int, frame: FrameType | None) -> None:
-        if folder.closed:
+        nonlocal asked
+        if asked or folder.closed:
             return
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)
+        asked = True
         folder.close(FAILURE)
         raise Terminated(number)
 
