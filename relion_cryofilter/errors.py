@@ -60,8 +60,9 @@ def bounded(
 
     Every number from a file or a variable passes here before it sizes, repeats or builds anything.
     """
-    if type(value) is int and low <= value <= high:
-        return value
-    found = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "far larger"
+    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    if whole and low <= value <= high:
+        return int(value)
+    found = "far off" if whole and abs(value) >= 10**30 else repr(value)
     found = found if len(found) <= 60 else f"{found[:60]}…"
     raise refuse(f"{what} is {found}; expected a whole number from {low} to {high}. {cure}".strip())

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+
+def open_input(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open a regular file to read its bytes; an OSError for a pipe or a device, which never end."""
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "its name holds a zero byte", str(path))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    file = open(path, "rb", buffering, opener=lambda *_: descriptor)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a pipe or device, no file", str(path))
+    return file
+
+
+def read_small(path: Path) -> str:
+    """Return the text of a small file of RELION's, such as job.star: its first megabyte."""
+    with open_input(path) as file:
+        return file.read(1 << 20).decode(errors="replace")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of JSON from outside; a ValueError for whatever is none."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any
 
-from relion_cryofilter.errors import UsageError
+from relion_cryofilter.errors import UsageError, bounded
 
 FORMS = """\
   0.6               accept scores of 0.6 and more
@@ -24,6 +24,7 @@ FORMS = """\
 
 THRESHOLD_2020 = 0.5
 MAX_COUNT = 10**12
+_LARGEST = 2**31 - 1
 _DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _NUMBER = re.compile(rf"{_DECIMAL}(?:e[+-]?[0-9]+)?")
 _PERCENTAGE = re.compile(rf"({_DECIMAL})\s*%")
@@ -211,11 +212,19 @@ def given(item: Field[Any], value: Any) -> Any:
 
 def check_limits(item: Field[Any], value: Any) -> None:
     """Raise a UsageError if a number is outside what the option allows."""
-    choices = item.metadata.get("choices")
-    if choices and value is not None and value not in choices:
+    kind, choices = item.metadata["kind"], item.metadata.get("choices")
+    if value is None:
+        return
+    if choices and value not in choices:
         raise UsageError(f"--{item.name} is {value!r}; expected {' or '.join(choices)}.")
     low, high = item.metadata.get("low"), item.metadata.get("high")
-    if value is None or (low is None and high is None):
+    if kind in ("integer", "integers"):
+        least, most = -_LARGEST if low is None else low, _LARGEST if high is None else high
+        for number in value if isinstance(value, tuple) else (value,):
+            what = f"--{item.name}"
+            bounded(number, least, most, what, item.metadata["help"], UsageError)
+        return
+    if low is None and high is None:
         return
     if not (low is None or value >= low) or not (high is None or value <= high):
         limits = f"from {low} to {high}" if high is not None else f"at least {low}"

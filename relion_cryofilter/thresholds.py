@@ -7,7 +7,6 @@ the scores as they were given and of the same scores rounded to six decimals.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from relion_cryofilter.errors import CryoFilterError, ModelError
+from relion_cryofilter.errors import CryoFilterError, ModelError, bounded
+from relion_cryofilter.files import open_input, parse_json
 from relion_cryofilter.kinds import ThresholdRequest
 
 Floats = NDArray[np.floating[Any]]
@@ -44,6 +44,7 @@ class Interval(NamedTuple):
 
 DECIMALS = 6
 STEPS = 10**DECIMALS
+_LONGEST_HEADER = 1 << 24  # bytes, of names, shapes and provenance
 METADATA_KEY, CURVE = "relion_cryofilter", "operating_curve"
 """Where a model file keeps its JSON, and where in its provenance the curve is."""
 
@@ -267,7 +268,7 @@ class OperatingCurve:
                 tuple(float(score) for score in data["negatives"]),
                 int(data["n_positive"]), int(data["n_negative"]), int(data["n_groups"]),
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ModelError(f"The model's operating curve can't be read: {error!r}.") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -322,20 +323,28 @@ class OperatingCurve:
         )
 
 
+def check_model_header(path: Path) -> None:
+    """Raise an OSError if a file's header is longer than any model's, before it is read."""
+    with open_input(path) as file:
+        length = int.from_bytes(file.read(8), "little")
+        bounded(length, 2, _LONGEST_HEADER, "the length of its header", refuse=OSError)
+
+
 def read_curve(path: Path) -> OperatingCurve:
     """Read the curve in a model file, without torch; a ModelError if there is none."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_model_header(path)
         with safe_open(str(path), framework="np") as file:
             text = (file.metadata() or {})[METADATA_KEY]
-        return OperatingCurve.from_dict(json.loads(text)["provenance"][CURVE])
+        return OperatingCurve.from_dict(parse_json(text)["provenance"][CURVE])
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"{path}: can't be read as one model file ({error}). Name the .safetensors of a train "
             "job; select takes one."
         ) from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise ModelError(
             f"{path}: has no validation curve ({error!r}). Give a model made by `train`, or "
             "ask for a threshold such as 0.5 or keep=0.6."

@@ -22,8 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from relion_cryofilter.errors import ModelError, UsageError
-from relion_cryofilter.files import replacing
+from relion_cryofilter.errors import ModelError, UsageError, bounded
+from relion_cryofilter.files import parse_json, replacing
 from relion_cryofilter.images.preprocess import (
     Preprocess,
     d4_views,
@@ -42,6 +42,7 @@ from relion_cryofilter.thresholds import (
     Chosen,
     Interval,
     OperatingCurve,
+    check_model_header,
     choose_threshold,
 )
 
@@ -51,6 +52,7 @@ FORMAT_VERSION, HASH_DIGITS, GPU_BATCH = 1, 12, 512
 BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "default.safetensors"
 PIXEL_SIZE_TOLERANCE = 0.1
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
+_LARGEST_KERAS = 1 << 30  # bytes
 ESTIMATE, SIMULATED = "threshold_estimate", "made_by"
 """Keys of the provenance: what validation says of the threshold, and the simulator."""
 
@@ -224,10 +226,10 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     path = require_file(path)
     if is_keras(path):
         return import_keras(path)
-    metadata, tensors = _read_safetensors(path)
+    metadata, shapes = _read_safetensors(path)
     try:
+        _checked(metadata)
         network = build_network(metadata["network"]["name"], **metadata["network"]["kwargs"])
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         for name in (*expected, *sorted(shapes.keys() - expected)):
             if shapes.get(name) != expected.get(name):
@@ -238,7 +240,8 @@ def load_model(path: str | os.PathLike[str]) -> Model:
                     f"{shapes.get(name, 'nothing')}. The file is damaged or was edited; copy it "
                     "again, or train or convert the model again."
                 )
-        network.load_state_dict(tensors)
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            network.load_state_dict({name: file.get_tensor(name) for name in shapes})
         return Model(
             network=network,
             preprocess=preprocess_from_dict(metadata["preprocess"]),
@@ -248,19 +251,39 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         )
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ModelError(
             f"{path}: the model's metadata is incomplete or damaged ({error!r}). "
             "Copy the file again, or train or convert the model again."
         ) from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return our metadata and the tensors of a model file, or say why it is none."""
+def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a file if the types are right of what is read of it later."""
+    for key in ("threshold", "temperature"):
+        if type(metadata[key]) not in (int, float):
+            raise TypeError(f"{key} is {metadata[key]!r:.40}")
+    value = metadata["provenance"]
+    lists = {"pixel_sizes_angstrom": (int, float), "boxes_px": (int, float), "seen": (str,)}
+    for key, kinds in lists.items():
+        for item in value.get(key) or []:
+            if type(item) not in kinds:
+                raise TypeError(f"{key} holds {item!r:.40}")
+    for key, interval in (value.get(ESTIMATE) or {}).items():
+        if not all(end is None or type(end) in (int, float) for end in interval):
+            raise TypeError(f"{ESTIMATE} holds {key!r:.40}")
+    if value.get(CURVE) is not None:
+        OperatingCurve.from_dict(value[CURVE])
+    return metadata
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return our metadata and the tensors' shapes of a model file, or say why it is none."""
     try:
+        check_model_header(path)
         with safe_open(str(path), framework="pt", device="cpu") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path} is not a whole safetensors file ({error}). Expected a model made by "
@@ -273,7 +296,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "`relion_cryofilter train` or `convert`."
         )
     try:
-        metadata = json.loads(text)
+        metadata = parse_json(text)
         newer = metadata["format_version"] > FORMAT_VERSION
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
@@ -285,7 +308,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{metadata.get('package_version', 'unknown')}); this is {__version__}, which "
             f"reads up to format {FORMAT_VERSION}. Update relion_cryofilter."
         )
-    return metadata, tensors
+    return metadata, shapes
 
 
 def import_keras(path: str | os.PathLike[str], **believed: Any) -> Model:
@@ -299,9 +322,16 @@ def import_keras(path: str | os.PathLike[str], **believed: Any) -> Model:
     provenance = {
         "origin": "imported from a Keras .h5 file",
         "file": path.name,
-        "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "file_sha256": hashlib.sha256(_content(path)).hexdigest(),
     }
     return Model(network, preprocess, threshold=0.5, provenance=provenance)
+
+
+def _content(path: Path) -> bytes:
+    """Return the bytes of a weights file of sensible size."""
+    cure = "Expected weights of the 2020 program."
+    bounded(path.stat().st_size, 0, _LARGEST_KERAS, f"{path}: its size", cure, ModelError)
+    return path.read_bytes()
 
 
 @dataclass(frozen=True)

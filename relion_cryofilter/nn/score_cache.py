@@ -21,6 +21,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from relion_cryofilter.errors import bounded
+from relion_cryofilter.files import open_input, parse_json
 from relion_cryofilter.particles.particles import ParticleSet
 
 NAME, SUFFIX = "score_cache", ".journal"
@@ -49,12 +51,17 @@ class _Record:
 
     @classmethod
     def from_bytes(cls, body: bytes) -> _Record:
+        """Read what `to_bytes` gave; a ValueError for what is no record."""
         line, _, values = body.partition(b"\n")
-        about = json.loads(line)
-        n = about["n"]
+        try:
+            about = parse_json(line)
+            stack, identity = str(about["stack"]), tuple(about["identity"])
+            n = bounded(about["n"], 0, len(values) // 12, "n", refuse=ValueError)
+        except (KeyError, TypeError) as error:
+            raise ValueError("not a record") from error
         places = np.frombuffer(values, "<u4", n).astype(np.int64)
         scores = np.frombuffer(values, "<f8", n, 4 * n)
-        return cls(about["stack"], tuple(about["identity"]), places, scores)
+        return cls(stack, identity, places, scores)
 
 
 class ScoreCache:
@@ -107,15 +114,17 @@ class ScoreCache:
         for number, records in by_stack.items():
             rows = order[edges[number] : edges[number + 1]]
             places = np.concatenate([record.places for record in records])
-            table = np.full(max(places.max(), particles.index[rows].max(initial=0)) + 1, np.nan)
-            table[places] = np.concatenate([record.scores for record in records])
-            values[rows] = table[particles.index[rows]]
+            index = particles.index[rows]
+            table = np.full(min(places.max(initial=0), index.max(initial=0)) + 1, np.nan)
+            known, asked = places < len(table), index < len(table)
+            table[places[known]] = np.concatenate([record.scores for record in records])[known]
+            values[rows[asked]] = table[index[asked]]
         return values
 
     def _read(self, path: Path) -> Iterator[_Record]:
         """Yield the whole records of a journal; cut our own off where the rest can't be used."""
-        with path.open("rb", buffering=1 << 20) as file:
-            if file.readline() != self._first_line:
+        with open_input(path, 1 << 20) as file:
+            if file.readline(len(self._first_line) + 1) != self._first_line:
                 log.info("%s is of other models or options; its scores are not used.", path)
                 end = 0
             else:
@@ -135,16 +144,22 @@ def _whole_records(file: BinaryIO) -> Generator[_Record, None, int]:
         if len(head) < _HEAD.size:
             return end
         length, check = _HEAD.unpack(head)
-        body = file.read(length)
-        if len(body) < length or zlib.crc32(body) != check:
+        if length > os.fstat(file.fileno()).st_size - file.tell():
             return end
-        yield _Record.from_bytes(body)
+        body = file.read(length)
+        if zlib.crc32(body) != check:
+            return end
+        try:
+            record = _Record.from_bytes(body)
+        except ValueError:
+            return end
+        yield record
 
 
 def _identity(path: Path, inverted: bool) -> tuple[int, ...] | None:
     """Return size, time of change (ns) and, if read inverted, a mark of a stack that exists."""
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # the latter for a zero byte in its name
         return None
     return (found.st_size, found.st_mtime_ns, *([-1] if inverted else []))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import repeat
 from operator import contains
@@ -98,9 +99,10 @@ def parse_image_names(
         digits = "".join(numbers)
         plain = digits.isascii() and digits.isdecimal() and all(numbers)
         if plain and all(stacks) and ":" not in "".join(stacks):
-            places = [int(number) - 1 for number in numbers]
-            if min(places) >= 0 and max(places) < _LARGEST_INDEX:
-                return places, stacks
+            with suppress(ValueError):  # of numbers with thousands of digits
+                places = [int(number) - 1 for number in numbers]
+                if min(places) >= 0 and max(places) < _LARGEST_INDEX:
+                    return places, stacks
     both = []
     for row, name in enumerate(names, first):
         try:

@@ -30,6 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.errors import ImageError
+from relion_cryofilter.files import open_input
 
 HEADER_BYTES = 1024
 MODES = {0: "i1", 1: "i2", 2: "f4", 6: "u2", 12: "f2"}
@@ -67,7 +68,7 @@ class StackHeader:
 def read_header(path: Path) -> StackHeader:
     """Read the header of an MRC stack; an ImageError for the reasons of this module."""
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             raw = file.read(HEADER_BYTES)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -188,7 +189,7 @@ class StackReader:
         view, start = self._buffer[:n_bytes].data, 0
         for path, runs in groupby(plan.runs, key=lambda run: run.stack.path):
             try:
-                with path.open("rb", buffering=0) as file:
+                with open_input(path, 0) as file:
                     for run in runs:
                         end = start + run.count * run.stack.image_bytes
                         offset = run.stack.data_offset + run.first * run.stack.image_bytes

@@ -2,7 +2,8 @@
 
 A particle file is refused, with file, line and cure, for these reasons and no others:
 
-1. It can't be read, is no STAR file, or has text before its first ``data_`` block.
+1. It can't be read, is no regular file, is no STAR file (a line of more than a megabyte, a hundred
+   thousand tables), or has text before its first ``data_`` block.
 2. It has a carriage return (a Windows line end), or a label glued to its number.
 3. No loop has rlnImageName, several have and none or both are named ``particles`` or ``images``,
    or the loop has no rows.
@@ -31,8 +32,8 @@ from typing import BinaryIO, ClassVar
 
 import numpy as np
 
-from relion_cryofilter.errors import StarError
-from relion_cryofilter.files import SCORE_LABEL, replacing
+from relion_cryofilter.errors import StarError, bounded
+from relion_cryofilter.files import SCORE_LABEL, open_input, replacing
 
 IMAGE_NAME = "rlnImageName"
 MICROGRAPH_NAME = "rlnMicrographName"
@@ -48,11 +49,11 @@ _OPTIMISATION_SET_LABELS = {"rlnTomoParticlesFile", "rlnTomoTomogramsFile"}
 _TOMO_LABELS = {"rlnTomoParticleName", "rlnTomoParticleId", "rlnTomoVisibleFrames"}
 
 CHUNK_BYTES = 4 << 20  # most bytes that are read at once
-# A value, in quotes or bare, or a comment: ", ' and # count where a value begins.
-_TOKEN = re.compile(
-    rb"""(?<!\S)(?:"(?:[^"]|"(?=\S))*"(?=\s|$)|'(?:[^']|'(?=\S))*'(?=\s|$)|\#.*|\S+)""", re.VERBOSE
-)
+_LONGEST_LINE = 1 << 20  # bytes
+_MOST_TABLES, _MOST_LABELS = 100_000, 2_000
+_WORD = re.compile(rb"\S+")
 _SPECIAL = re.compile(rb"[\"'#]")
+_CLOSING = {b'"': re.compile(rb'"(?!\S)'), b"'": re.compile(rb"'(?!\S)")}
 _NO_ROW = re.compile(rb"\n[^\S\n]*(?:\n|#|data_|loop_)")
 _QUOTES = (b'"', b"'")
 _ROW_END = b"\0"
@@ -60,7 +61,10 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def whole_lines(file: BinaryIO, n_bytes: float = float("inf")) -> Iterator[bytes]:
-    """Yield the next `n_bytes` of an unbuffered file, or all of it, as chunks of whole lines."""
+    """Yield the next `n_bytes` of an unbuffered file, or all of it, as chunks of whole lines.
+
+    A line of more than a megabyte is a StarError.
+    """
     rest = b""
     while n_bytes > 0 and (read := file.read(int(min(CHUNK_BYTES, n_bytes)))):
         n_bytes -= len(read)
@@ -69,15 +73,43 @@ def whole_lines(file: BinaryIO, n_bytes: float = float("inf")) -> Iterator[bytes
             yield rest + whole + newline
             rest = b""
         rest += after
+        cure = "Is this a STAR file?"
+        bounded(len(rest), 0, _LONGEST_LINE, f"{file.name}: the length of a line", cure, StarError)
     if rest:
         yield rest
+
+
+def spans(line: bytes) -> Iterator[tuple[int, int]]:
+    """Yield where the values of one row begin and end, quotes included, and then its comment.
+
+    ``"``, ``'`` and ``#`` count where a value begins, a closing quote where a value ends. Without
+    a closing quote an opening one is part of a word. Takes time in proportion to the line.
+    """
+    if not _SPECIAL.search(line):
+        yield from (match.span() for match in _WORD.finditer(line))
+        return
+    word, open_ended = _WORD.search(line), set[bytes]()
+    while word:
+        start, end = word.span()
+        mark = line[start : start + 1]
+        if mark == b"#":
+            yield start, len(line.rstrip(b"\n"))
+            return
+        if mark in _CLOSING and mark not in open_ended:
+            closing = _CLOSING[mark].search(line, start + 1)
+            if closing:
+                end = closing.end()
+            else:
+                open_ended.add(mark)
+        yield start, end
+        word = _WORD.search(line, end)
 
 
 def tokens(line: bytes) -> list[bytes]:
     """Split one row into its values: quotes kept, a trailing ``# comment`` left out."""
     if not _SPECIAL.search(line):
         return line.split()
-    words: list[bytes] = _TOKEN.findall(line)
+    words = [line[start:end] for start, end in spans(line)]
     return words[:-1] if words and words[-1].startswith(b"#") else words
 
 
@@ -122,7 +154,7 @@ class Loop:
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the rows, whole lines, a few megabytes at a time."""
-        with self.path.open("rb", buffering=0) as file:
+        with open_input(self.path, 0) as file:
             file.seek(self.rows_start)
             yield from whole_lines(file, self.rows_end - self.rows_start)
 
@@ -195,7 +227,9 @@ class Loop:
         missing = (
             "Give the _data.star of a Class2D or Class3D job, or a Select job's particles.star."
         )
-        numbers = self._checked(CLASS_NUMBER, missing, lambda x: x % 1 == 0, "a number")
+        numbers = self._checked(
+            CLASS_NUMBER, missing, lambda x: (x % 1 == 0) & (abs(x) < 2**31), "a number"
+        )
         return numbers.astype(np.int64)
 
     def _checked(
@@ -267,14 +301,13 @@ class Loop:
             # In place of the old score.
             if label in self.labels:
                 column = self.labels.index(label)
-                match = next(islice(_TOKEN.finditer(line), column, None))
-                value = value.rjust(len(match[0]))
-                scored.append(line[: match.start()] + value + line[match.end() :])
+                start, end = next(islice(spans(line), column, None))
+                scored.append(line[:start] + value.rjust(end - start) + line[end:])
                 continue
             # After the last value, and in RELION's layout where the row has it.
             end = len(line.rstrip(b"\n"))
             if b"#" in line:
-                comments = (m.start() for m in _TOKEN.finditer(line) if m[0].startswith(b"#"))
+                comments = (start for start, _ in spans(line) if line[start : start + 1] == b"#")
                 end = next(comments, end)
             new = value.rjust(12) + b" " if line[end - 1 : end] in (b" ", b"\t") else b" " + value
             scored.append(line[:end] + new + line[end:])
@@ -313,7 +346,7 @@ def read_star(path: Path) -> StarFile:
     """Read the layout of a STAR file; a StarError for reasons 1 and 2 of this module."""
     scanner = _Scanner(path)
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_input(path, 0) as file:
             for chunk in whole_lines(file):
                 scanner.scan(chunk)
     except OSError as error:
@@ -367,6 +400,11 @@ class _Scanner:
         """Return a StarError that names the file and the current line."""
         return StarError(f"{self.path}, line {self.number}: {found}. {cure}.")
 
+    def judge(self, count: int, most: int, what: str) -> None:
+        """Raise a StarError where there is more of something than a STAR file has."""
+        where = f"{self.path}, line {self.number}: {what}"
+        bounded(count, 0, most, where, "Is this a STAR file?", StarError)
+
     def scan_text(self, line: bytes, text: bytes) -> None:
         """Note a line that is not blank; `text` is what stands in it."""
         word, loop, end = text.split(None, 1)[0], self.loop, self.offset + len(line)
@@ -386,6 +424,7 @@ class _Scanner:
         elif word == b"loop_":
             self.loop = Loop(self.path, self.block, (), False, b"\n", end, end, end)
             self.loops.append(self.loop)
+            self.judge(len(self.loops), _MOST_TABLES, "the number of tables")
             self.gap_line = 0
         elif loop is not None and word.startswith(b"_") and not loop.n_rows:
             words = text.split()
@@ -396,6 +435,7 @@ class _Scanner:
             if label in loop.labels:
                 loop.fault = f"line {self.number}: the label _{label} stands there twice"
             loop.labels = (*loop.labels, label)
+            self.judge(len(loop.labels), _MOST_LABELS, "the number of labels")
             loop.numbered = len(words) > 1 and words[1].startswith(b"#")
             loop.label_tail = line[len(line.rstrip()) :]
             loop.labels_end = loop.rows_start = loop.rows_end = end
@@ -413,6 +453,7 @@ class _Scanner:
         elif word.startswith(b"_"):
             value = text[len(word) :].strip()
             self.pairs[word[1:].decode(errors="replace")] = value.decode(errors="replace")
+            self.judge(len(self.pairs), _MOST_TABLES, "the number of values")
 
 
 def particle_loop(star: StarFile) -> Loop:

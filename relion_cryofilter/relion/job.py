@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any
 
 from relion_cryofilter.errors import Aborted, CryoFilterError, UsageError
-from relion_cryofilter.files import find_project
+from relion_cryofilter.files import find_project, read_small
 from relion_cryofilter.options import JOB_MODES, MODES
 from relion_cryofilter.processes import process_number
 
@@ -149,7 +149,7 @@ def _value_of(name: str, words: Sequence[str]) -> str:
 def _is_of_another_job(folder: Path) -> bool:
     """Tell whether RELION or the ccpem-pipeliner made the folder for a job that is not ours."""
     try:
-        text = (folder / "job.star").read_text(errors="replace")
+        text = read_small(folder / "job.star")
     except OSError:
         return False
     kind = re.search(r"^_rlnJobType(?:Label)?\s+(\S+)", text, re.M)

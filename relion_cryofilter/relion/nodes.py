@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from relion_cryofilter.files import write_text
+from relion_cryofilter.files import read_small, write_text
 
 NODES_FILE = "RELION_OUTPUT_NODES.star"
 VERSIONS = ("3.1", "4.0", "5.0")
@@ -39,7 +39,7 @@ class Node:
 def relion_version(job_folder: Path) -> str:
     """Tell which RELION started the job, from the job.star it wrote; 5.0 where there is none."""
     try:
-        text = (job_folder / "job.star").read_text(errors="replace")
+        text = read_small(job_folder / "job.star")
     except OSError:
         return "5.0"
     if "_rlnJobTypeLabel" not in text:
