@@ -191,7 +191,7 @@ def read_words(item: Field[Any], words: Sequence[str]) -> Any:
         return kind.read(text)
     except ValueError:
         raise UsageError(
-            f"--{item.name} is {text!r}; expected {kind.expected}. {item.metadata['help']}"
+            f"--{item.name} is {text[:100]!r}; expected {kind.expected}. {item.metadata['help']}"
         ) from None
 
 

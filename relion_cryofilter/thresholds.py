@@ -8,6 +8,7 @@ the scores as they were given and of the same scores rounded to six decimals.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -44,7 +45,7 @@ class Interval(NamedTuple):
 
 DECIMALS = 6
 STEPS = 10**DECIMALS
-_LONGEST_HEADER = 1 << 24  # bytes, of names, shapes and provenance
+_LARGEST_MODEL, _LONGEST_HEADER = 1 << 28, 1 << 24  # bytes; of names, shapes and provenance
 METADATA_KEY, CURVE = "relion_cryofilter", "operating_curve"
 """Where a model file keeps its JSON, and where in its provenance the curve is."""
 
@@ -324,8 +325,10 @@ class OperatingCurve:
 
 
 def check_model_header(path: Path) -> None:
-    """Raise an OSError if a file's header is longer than any model's, before it is read."""
+    """Raise an OSError if a file or its header is larger than any model's, before it is read."""
     with open_input(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        bounded(size, 0, _LARGEST_MODEL, "its size (bytes)", refuse=OSError)
         length = int.from_bytes(file.read(8), "little")
         bounded(length, 2, _LONGEST_HEADER, "the length of its header", refuse=OSError)
 

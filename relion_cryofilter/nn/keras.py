@@ -27,8 +27,8 @@ DEFAULT_DIM = 28
 """Image size (px) of the 2020 program, unless it was told otherwise."""
 CONVOLUTIONS_PER_TOWER, TOWERS = 6, {1: "straight", 2: "roberts"}
 
-MOST_ITEMS, MOST_WEIGHTS = 1000, 10_000_000
-"""Items in a file, and numbers in one of them; the largest network here has 4 million in one."""
+LARGEST_FILE, MOST_ITEMS, MOST_WEIGHTS = 1 << 30, 1000, 10_000_000
+"""Bytes of a file, items in it, and numbers in one; the largest network has 4 million in one."""
 
 Layer = tuple[Tensor, Tensor]
 """Kernel and bias as Keras keeps them."""
@@ -135,6 +135,7 @@ def _read_layers(path: Path) -> tuple[list[Layer], Layer, int | None]:
             found.setdefault(layer, {})[part.split(":")[0]] = np.asarray(item[()])
 
     try:
+        bounded(path.stat().st_size, 0, LARGEST_FILE, "its size (bytes)", refuse=ValueError)
         with h5py.File(path, "r") as file:
             configured = _configured_dim(file.attrs.get("model_config"))
             file.get("model_weights", file).visititems(collect)

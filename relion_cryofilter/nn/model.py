@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from relion_cryofilter.errors import ModelError, UsageError, bounded
+from relion_cryofilter.errors import ModelError, UsageError
 from relion_cryofilter.files import parse_json, replacing
 from relion_cryofilter.images.preprocess import (
     Preprocess,
@@ -52,7 +52,6 @@ FORMAT_VERSION, HASH_DIGITS, GPU_BATCH = 1, 12, 512
 BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "default.safetensors"
 PIXEL_SIZE_TOLERANCE = 0.1
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
-_LARGEST_KERAS = 1 << 30  # bytes
 ESTIMATE, SIMULATED = "threshold_estimate", "made_by"
 """Keys of the provenance: what validation says of the threshold, and the simulator."""
 
@@ -322,16 +321,9 @@ def import_keras(path: str | os.PathLike[str], **believed: Any) -> Model:
     provenance = {
         "origin": "imported from a Keras .h5 file",
         "file": path.name,
-        "file_sha256": hashlib.sha256(_content(path)).hexdigest(),
+        "file_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
     return Model(network, preprocess, threshold=0.5, provenance=provenance)
-
-
-def _content(path: Path) -> bytes:
-    """Return the bytes of a weights file of sensible size."""
-    cure = "Expected weights of the 2020 program."
-    bounded(path.stat().st_size, 0, _LARGEST_KERAS, f"{path}: its size", cure, ModelError)
-    return path.read_bytes()
 
 
 @dataclass(frozen=True)

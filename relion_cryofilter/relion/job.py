@@ -19,7 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import takewhile
 from pathlib import Path
 from types import FrameType
@@ -77,7 +77,7 @@ class JobFolder:
     def __init__(self, name: str) -> None:
         self.name = name if name.endswith("/") else f"{name}/"
         self.path = Path(name)
-        self.closed = False  # by this object
+        self.closed = False  # it is known that there is an exit file
 
     def open(self) -> None:
         """Make the folder; remove the exit files and unfinished files of an earlier run."""
@@ -102,6 +102,7 @@ class JobFolder:
             (self.path / _UNDECIDED).rename(self.path / outcome)
         except OSError:  # decided already, or never opened
             if any((self.path / name).exists() for name in _OUTCOMES):
+                self.closed = True
                 return False
             with suppress(OSError):
                 (self.path / outcome).touch()
@@ -171,11 +172,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait take the cores from others, on a busy node twentyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder, first = output_folder(words), True
-    try:
-        if folder is None:
-            _do(words, lambda: False)
-            return 0
-        with _signals(folder):
+    with _signals(folder) if folder else nullcontext():
+        try:
+            if folder is None:
+                _do(words, lambda: False)
+                return 0
             try:
                 first = not process_number()
             except UsageError:
@@ -188,10 +189,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if code is not None:
                 return code
             _work(words, folder, first)
-    except BaseException as error:
-        if isinstance(error, Aborted) and not first:
-            folder = None
-        return _report(error, folder, verbose="--verbose" in words)
+        except BaseException as error:
+            if isinstance(error, Aborted) and not first:
+                folder = None
+            return _report(error, folder, verbose="--verbose" in words)
     return 0
 
 
