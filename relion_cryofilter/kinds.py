@@ -217,13 +217,11 @@ def check_limits(item: Field[Any], value: Any) -> None:
         return
     if choices and value not in choices:
         raise UsageError(f"--{item.name} is {value!r}; expected {' or '.join(choices)}.")
-    low, high = item.metadata.get("low"), item.metadata.get("high")
     if kind in ("integer", "integers"):
-        least, most = -_LARGEST if low is None else low, _LARGEST if high is None else high
         for number in value if isinstance(value, tuple) else (value,):
             what = f"--{item.name}"
-            bounded(number, least, most, what, item.metadata["help"], UsageError)
-        return
+            bounded(number, -_LARGEST, _LARGEST, what, item.metadata["help"], UsageError)
+    low, high = item.metadata.get("low"), item.metadata.get("high")
     if low is None and high is None:
         return
     if not (low is None or value >= low) or not (high is None or value <= high):

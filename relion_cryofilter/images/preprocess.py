@@ -176,7 +176,7 @@ class Preprocess(ABC):
     roberts: bool
 
     def __post_init__(self) -> None:
-        bounded(self.dim, 2, LARGEST_DIM, "The small image's side (px)", refuse=ModelError)
+        bounded(self.dim, 2, LARGEST_DIM, "The small image's side", "It is in px.", ModelError)
         if not isinstance(self.roberts, bool):
             raise ModelError(f"roberts is {self.roberts!r:.60}; it must be true or false.")
 

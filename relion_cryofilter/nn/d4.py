@@ -134,7 +134,7 @@ class D4(Network):
         if len(widths) != 3:
             raise ModelError(f"Network d4 has three widths; found {len(widths)}.")
         for width in widths:
-            bounded(width, 1, _LARGEST_WIDTH, "A width of network d4", refuse=ModelError)
+            bounded(width, 1, _LARGEST_WIDTH, "Network d4: a width", refuse=ModelError)
         first, second, third = widths
         self.dim = dim
         self.kwargs: dict[str, Any] = {"widths": list(widths), "dim": dim}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -263,7 +264,7 @@ class _Member:
         # What a checkpoint must agree on to be resumed.
         rows = " ".join(particles.image_name(row) for row in range(len(particles)))
         parts = [part.tolist() for part in split.parts.values()]
-        stats = [(path, path.stat()) for path in particles.stacks if path.exists()]
+        stats = [(path, path.stat()) for path in particles.stacks if os.path.exists(path)]  # noqa: PTH110
         dark = f" inverted {particles.inverted}" if any(particles.inverted) else ""
         stacks = " ".join(f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats) + dark
         kind = [start.network.name, start.network.kwargs, start.preprocess.to_dict()]

@@ -249,7 +249,7 @@ def read_cs(path: Path, passthrough: Path | None = None) -> CsTable:
         files = []
         for name in (name.removeprefix(_HERE) for name in names):
             places = [folder / name for folder in path.resolve().parents]
-            files.append(next(filter(Path.is_file, places), path.parent / name))
+            files.append(next(filter(os.path.isfile, places), path.parent / name))
         main, others = files[0], [*files[1:], *others]
     first = load_cs(main)
     if not len(first.dataset):
@@ -409,7 +409,7 @@ def _project_of(source: Path, names: Sequence[str], project: Path | None) -> Pat
     folders = (project,) if project else (*source.resolve().parents, Path.cwd())
     for name in names[:_TRIED]:
         for folder in folders:
-            if (folder / name).is_file():
+            if os.path.isfile(folder / name):  # noqa: PTH113 - False for names of any length
                 return folder
     where = f"not in the project's folder {project}" if project else "in none of the folders above"
     cure = "Check that this is" if project else "Name with --project_dir the folder of"

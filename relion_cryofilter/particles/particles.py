@@ -372,6 +372,6 @@ def project_root(star_path: Path, first_stack: str) -> Path:
     project = find_project(star_path.parent)
     here = Path()
     for folder in filter(None, (here, project, star_path.parent, *star_path.resolve().parents)):
-        if (folder / first_stack).is_file():
+        if os.path.isfile(folder / first_stack):  # noqa: PTH113 - False for names of any length
             return folder
     return here if project is None or find_project(here) == here.resolve() else project

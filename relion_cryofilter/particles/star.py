@@ -80,14 +80,17 @@ def whole_lines(file: BinaryIO, n_bytes: float = float("inf")) -> Iterator[bytes
 
 
 def spans(line: bytes) -> Iterator[tuple[int, int]]:
-    """Yield where the values of one row begin and end, quotes included, and then its comment.
+    """Return where the values of one row begin and end, quotes included, and then its comment.
 
     ``"``, ``'`` and ``#`` count where a value begins, a closing quote where a value ends. Without
     a closing quote an opening one is part of a word. Takes time in proportion to the line.
     """
-    if not _SPECIAL.search(line):
-        yield from (match.span() for match in _WORD.finditer(line))
-        return
+    if _SPECIAL.search(line):
+        return _quoted_spans(line)
+    return map(re.Match.span, _WORD.finditer(line))
+
+
+def _quoted_spans(line: bytes) -> Iterator[tuple[int, int]]:
     word, open_ended = _WORD.search(line), set[bytes]()
     while word:
         start, end = word.span()
@@ -296,12 +299,14 @@ class Loop:
         if plain and label not in self.labels:
             return [line[:-1] + b"%12.6f \n" % score for line, score in zip(lines, scores)]
         scored = []
+        column = self.labels.index(label) if label in self.labels else 0
+        bare = re.compile(rb"\s*(?:\S+\s+){%d}(\S+)" % column)
         for line, score in zip(lines, scores):
             value = b"%.6f" % score
             # In place of the old score.
             if label in self.labels:
-                column = self.labels.index(label)
-                start, end = next(islice(spans(line), column, None))
+                match = None if _SPECIAL.search(line) else bare.match(line)
+                start, end = match.span(1) if match else next(islice(spans(line), column, None))
                 scored.append(line[:start] + value.rjust(end - start) + line[end:])
                 continue
             # After the last value, and in RELION's layout where the row has it.
