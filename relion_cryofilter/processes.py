@@ -52,14 +52,9 @@ def local_count() -> int:
 
 
 def _numbers() -> tuple[int, int]:
-    """Read what torchrun sets, or srun.
-
-    A batch script's own shell has no step's task count, and the shell of ``srun --pty`` is alone.
-    """
+    """Read what torchrun sets, or srun; a batch script's own shell has no step's task count."""
     for number, count in _ANNOUNCED:
         if os.environ.get(number) and os.environ.get(count):
-            if count.startswith("SLURM") and "SLURM_PTY_PORT" in os.environ:
-                continue
             n = _variable(count, 1, 1)
             return _variable(number, 0, 0, n - 1), n
     return 0, 1

@@ -240,13 +240,6 @@ def test_processes_that_never_come_are_named_and_waited_for_a_while(
     assert [path.name for path in Path("new").glob("RELION_JOB_EXIT_*")] == [job.FAILURE]
 
 
-def test_the_shell_of_an_interactive_slurm_step_is_alone(monkeypatch):
-    monkeypatch.delenv("RANK", raising=False)
-    for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_PTY_PORT"):
-        monkeypatch.setenv(name, "3" if name == "SLURM_PROCID" else "4")
-    assert (processes.process_number(), processes.process_count()) == (0, 1)
-
-
 def test_threads_are_no_more_than_cores():
     assert TrainOptions(j=20_000).threads == available_cores()
     assert TrainOptions(j=1).threads == 1
