@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 import zlib
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
+from string import ascii_lowercase
 
 import making
 import numpy as np
@@ -19,13 +21,15 @@ import pytest
 import safetensors.torch
 from making import JOB, ROOT
 
-from relion_cryofilter.errors import CryoFilterError, ModelError, StarError, bounded
+from relion_cryofilter.errors import CryoFilterError, CryoSparcError, ModelError, StarError, bounded
 from relion_cryofilter.files import open_input
 from relion_cryofilter.nn.model import load_model, read_models
 from relion_cryofilter.nn.score_cache import ScoreCache
 from relion_cryofilter.particles import star
+from relion_cryofilter.particles.cryosparc import load_cs
 from relion_cryofilter.particles.particles import read_particles
 from relion_cryofilter.particles.star import read_star, tokens
+from relion_cryofilter.particles.tables import read_particle_file
 from relion_cryofilter.processes import memory_left
 from relion_cryofilter.relion import job
 from relion_cryofilter.thresholds import METADATA_KEY, read_curve
@@ -230,6 +234,151 @@ def test_a_keras_file_of_very_many_items_is_refused(tmp_path):
         read_models([path])
 
 
+@pytest.fixture(scope="module")
+def cs_project(tmp_path_factory):
+    """A folder with stacks, in which these tests write and read one file after the other."""
+    folder = tmp_path_factory.mktemp("cs")
+    making.write_project(folder)
+    return folder
+
+
+@pytest.fixture
+def cs_fields(cs_project, monkeypatch):
+    """The fields of a .cs file of the particles in the working directory."""
+    monkeypatch.chdir(cs_project)
+    return making.particles_of(Path("Extract/job001/particles.star"))
+
+
+def packed_parts(fields, compression):
+    """Return the parts of a compressed .cs file: mark, length, header, then columns, the heap."""
+    from cryosparc.dataset import Dataset
+
+    return [bytes(part) for part in Dataset(dict(fields)).stream(compression=compression)]
+
+
+def with_header(parts, **values):
+    """Return a compressed .cs file whose header says something else."""
+    text = json.dumps({**json.loads(parts[2]), **values}).encode()
+    return b"".join([parts[0], len(text).to_bytes(4, "little"), text, *parts[3:]])
+
+
+def of_places(parts, place):
+    """Return a compressed .cs file whose first text is at another place of the heap."""
+    fields = [field[0] for field in json.loads(parts[2])["dtype"]]
+    column = 4 + 2 * fields.index("blob/path")
+    changed = struct.pack("<Q", place) + parts[column][8:]
+    return b"".join([*parts[:column], changed, *parts[column + 1 :]])
+
+
+@pytest.mark.parametrize("compression", [None, "lz4"])
+def test_a_compressed_cs_file_reads_as_cryosparc_tools_reads_it(cs_fields, compression):
+    from cryosparc.dataset import Dataset
+
+    Path("p.cs").write_bytes(b"".join(packed_parts(cs_fields, compression)))
+    ours, theirs = load_cs(Path("p.cs")).dataset, Dataset.load("p.cs")
+    assert ours.descr() == theirs.descr()
+    for name in theirs.fields():
+        assert np.array_equal(np.asarray(ours[name]), np.asarray(theirs[name]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda parts: of_places(parts, 2**40),
+        lambda parts: of_places(parts, 2**64 - 1),
+        lambda parts: with_header(parts, length=HUGE),
+        lambda parts: with_header(parts, length=-1),
+        lambda parts: with_header(parts, length=10**30),
+        lambda parts: with_header(parts, length=47),
+        lambda parts: with_header(parts, dtype=[]),
+        lambda parts: with_header(parts, dtype=[["uid", "<u8", [HUGE, HUGE]]]),
+        lambda parts: with_header(parts, dtype=[["uid", "O8"]]),
+        lambda parts: with_header(parts, dtype=[["uid", 5]]),
+        lambda parts: with_header(parts, dtype=[[["uid"], "<u8"]]),
+        lambda parts: with_header(parts, compressed_fields=[[]]),
+        lambda parts: with_header(parts, compressed_fields=["uid", "blob/idx"]),
+        lambda parts: parts[0] + (100 << 20).to_bytes(4, "little") + b" " * 1000,
+        lambda parts: parts[0] + (200_000).to_bytes(4, "little") + b"[" * 200_000,
+        lambda parts: parts[0],
+    ],
+)
+def test_odd_compressed_cs_files_are_one_sentence_and_cost_nothing(cs_fields, change):
+    path = Path("p.cs")
+    path.write_bytes(change(packed_parts(cs_fields, None)))
+    with bounds(), pytest.raises(CryoSparcError, match=r"^p.cs: can't be read as") as caught:
+        read_particle_file(path)
+    assert len(str(caught.value)) < 500
+
+
+def test_compressed_cs_files_with_random_bytes_are_read_or_refused(cs_fields):
+    """cryosparc-tools itself ends the process for one in two of them."""
+    rng, whole = np.random.default_rng(0), b"".join(packed_parts(cs_fields, "lz4"))
+    for _ in range(500):
+        data = np.frombuffer(whole, np.uint8).copy()
+        places = rng.integers(700, len(data), 3)
+        data[places] = rng.integers(0, 256, 3)
+        Path("p.cs").write_bytes(data.tobytes())
+        with suppress(CryoSparcError):
+            read_particle_file(Path("p.cs"))
+
+
+def test_a_cs_file_with_a_header_of_a_hundred_megabytes_is_refused(cs_fields):
+    path = Path("p.cs")
+    path.write_bytes(b"\x93NUMPY\x02\x00" + (100 << 20).to_bytes(4, "little") + b"{" * 1000)
+    os.truncate(path, 101 << 20)
+    with bounds(), pytest.raises(CryoSparcError, match="the length of its header is 104857600"):
+        load_cs(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("blob/idx", np.full(48, np.nan, np.float32)),
+        ("blob/idx", np.zeros((48, 2), np.uint32)),
+        ("blob/path", np.ones(48, np.float32)),
+        ("blob/psize_A", ["x"] * 48),
+        ("blob/sign", ["x"] * 48),
+        ("location/micrograph_path", np.ones(48, np.uint32)),
+    ],
+)
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_cs_field_of_another_type_is_named(cs_fields, name, values, compressed):
+    path = making.write_cs(Path("p.cs"), {**cs_fields, name: values}, compressed=compressed)
+    with pytest.raises(CryoSparcError, match=f"its field {name} has the type .* one a row"):
+        read_particle_file(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "results: " + "[" * 1000,
+        "results: {a: " * 900,
+        "a: &a [x, x]\n"
+        + "".join(f"{c}: &{c} [*{b}, *{b}]\n" for b, c in pairwise(ascii_lowercase))
+        + "results: {blob: {metafile: *z, type: t}}\n",
+        "results: {blob: {metafile: 2024-99-99, type: 1}}",
+        "results: {blob: {metafile: " + "9" * 5000 + ", type: 1}}",
+        "created: 2024-99-99\nresults: {blob: {metafile: [], type: 1}}",
+        "results: {blob: {metafile: " + "x" * 70_000 + ", type: 1}}",
+        "results: {? [a] : b}",
+        "results: 5",
+        "\0",
+    ],
+)  # fmt: skip
+def test_odd_result_groups_are_one_sentence_and_cost_nothing(cs_fields, text):
+    Path("p.csg").write_text(text)
+    with bounds(), pytest.raises(CryoSparcError) as caught:
+        read_particle_file(Path("p.csg"))
+    assert len(str(caught.value)) < 7000
+
+
+@pytest.mark.parametrize("line", ["created: 2024-99-99", "num_items: " + "9" * 5000, "a: 0b2"])
+def test_dates_and_numbers_of_a_result_group_are_not_read(cs_fields, line):
+    making.write_cs(Path("p.cs"), cs_fields)
+    Path("p.csg").write_text(f"{line}\nresults:\n  blob: {{metafile: '>p.cs', type: t}}\n")
+    assert len(read_particle_file(Path("p.csg"))) == 48
+
+
 def particles_with(tmp_path, *rows, head="data_\nloop_\n_rlnImageName\n"):
     path = tmp_path / "p.star"
     path.write_bytes(head.encode() + b"".join(rows))
@@ -386,7 +535,8 @@ def test_a_journal_that_is_one_line_is_not_read(scored):
         ("score --threshold keep=1e999", "keep must be above 0"),
     ],
 )
-def test_options_beyond_all_sense_are_one_sentence(project, capsys, words, said):
+def test_options_beyond_all_sense_are_one_sentence(tmp_path, monkeypatch, capsys, words, said):
+    monkeypatch.chdir(tmp_path)
     with bounds():
         assert job.main([*words.split(), "--o", JOB]) == 2
     text = capsys.readouterr().err
