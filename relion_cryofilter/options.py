@@ -18,7 +18,7 @@ from relion_cryofilter.files import SCORE_LABEL
 from relion_cryofilter.kinds import ThresholdRequest, check_limits, given
 from relion_cryofilter.processes import local_count
 
-MOST_FILTERS, LARGEST_DIM = 256, 1024
+MOST_FILTERS, LARGEST_DIM = 256, 256
 """Of networks: a convolution's filters, and the small image's side (px)."""
 
 NETWORKS = {"d4": "d4.D4", "straight": "networks.Straight", "roberts": "networks.Roberts"}

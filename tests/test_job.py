@@ -187,6 +187,7 @@ def test_a_shim_that_lost_its_package_leaves_failure(project, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     shutil.copy(SHIM, alone)
     Path(JOB).mkdir(parents=True)
+    Path(JOB, job.SUCCESS).touch()  # of an earlier run
     command = [sys.executable, "-S", "-E", str(alone / "external_job.py"), "--o", JOB]
     done = subprocess.run(command, capture_output=True, text=True, cwd=project)
     assert outcome() == ["FAILURE"]

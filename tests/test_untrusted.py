@@ -525,7 +525,7 @@ def test_a_journal_that_is_one_line_is_not_read(scored):
         ("score --batch_size 100000000000000000000", "--batch_size is 100000000000000000000"),
         (f"score --batch_size {'1' * 5000}", "--batch_size is '111"),
         ("train --f 100000", "--f is 100000; expected from 1 to 256"),
-        ("train --model d4 --img_dim 1000000", "--img_dim is 1000000; expected from 8 to 1024"),
+        ("train --model d4 --img_dim 1000000", "--img_dim is 1000000; expected from 8 to 256"),
         ("train --epochs 10000000000", "--epochs is 10000000000"),
         ("train --pos_classes 1,99999999999999999999", "--pos_classes is 99999999999999999999"),
         ("train --learning_rate 1e20", "--learning_rate is 1e+20"),

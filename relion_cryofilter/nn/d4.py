@@ -20,7 +20,7 @@ from relion_cryofilter.images.preprocess import FourierCrop, d4_views
 from relion_cryofilter.nn.networks import Network, plane
 from relion_cryofilter.options import LARGEST_DIM
 
-_LARGEST_WIDTH = 128
+_LARGEST_WIDTH = 64
 ORDER, EPSILON = 8, 1e-5
 """Number of flips and quarter turns of a square (see `d4_views`); what steadies a batch norm."""
 
