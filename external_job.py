@@ -12,13 +12,16 @@ HERE = os.path.dirname(os.path.realpath(__file__))
 
 
 def fail(message):
-    """Leave the message and, where `--o` names a folder, the file that RELION waits for."""
-    sys.stderr.write("ERROR: " + message + "\n")
+    """Leave, where `--o` names a folder, the file that RELION waits for, and the message."""
     words = [word.lstrip("-") if word.startswith("--") else word for word in sys.argv[1:]]
     if "o" in words[:-1]:
         folder = words[words.index("o") + 1]
         if os.path.isdir(folder):
+            for name in ("SUCCESS", "ABORTED"):
+                if os.path.exists(os.path.join(folder, "RELION_JOB_EXIT_" + name)):
+                    os.remove(os.path.join(folder, "RELION_JOB_EXIT_" + name))
             open(os.path.join(folder, "RELION_JOB_EXIT_FAILURE"), "w").close()
+    sys.stderr.write("ERROR: " + message + "\n")
     sys.exit(1)
 
 

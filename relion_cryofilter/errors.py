@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Sequence
+from typing import Any
 
 _LONG_WORD, _LONG_LINE = re.compile(r"\S{320,}"), re.compile(r"[^\n]{4000,}")
 _UNUSUAL = re.compile(r"[^\n -~]")
@@ -76,3 +77,23 @@ def suggestion(word: str, known: Sequence[str], dashes: str = "") -> str:
     if nearest:
         return f"Did you mean {dashes}{nearest[0]}?"
     return f"There are {', '.join(dashes + name for name in known)}."
+
+
+def bounded(
+    value: Any,
+    low: int,
+    high: int,
+    what: str,
+    cure: str = "",
+    refuse: type[Exception] = CryoFilterError,
+) -> int:
+    """Return `value` if it is a whole number from `low` to `high`, else raise `refuse`.
+
+    Every number from a file or a variable passes here before it sizes, repeats or builds anything.
+    """
+    whole = hasattr(value, "__index__") and not isinstance(value, bool)
+    if whole and low <= value <= high:
+        return int(value)
+    found = "far off" if whole and abs(value) >= 10**30 else repr(value)
+    found = found if len(found) <= 60 else f"{found[:60]}…"
+    raise refuse(f"{what} is {found}; expected a whole number from {low} to {high}. {cure}".strip())

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from relion_cryofilter.errors import UsageError
-from relion_cryofilter.inputs import require_unchanged
+from relion_cryofilter.inputs import read_small, require_unchanged
 
 
 @contextmanager
@@ -104,7 +104,8 @@ def numbered(name: str, number: int) -> str:
 _RESULT = re.compile(
     r"particles(_accepted|_rejected)?(_passthrough\d*)?\.(star|cs|csg)|scores\.(csv|png)|input\.cs"
     r"|features\.npy|bad_images\.csv|model(_\d+)?\.safetensors"
-    r"|history(_\d+)?\.(csv|png)|checkpoint_last(_\d+)?\.pt"
+    r"|history(_\d+)?\.(csv|png)|checkpoint_last(_\d+)?\.pt|[a-z_]+_(all|fold\d+)_\d+\.pt"
+    r"|suspicious_labels(_passthrough\d*)?\.(star|cs|csg)"
     r"|metrics\.json|predictions\.csv|logfile\.pdf|report\.html|RELION_OUTPUT_NODES\.star"
     r"|score_cache(_\d+)?\.journal|(roc|precision_recall|reliability|confusion_matrix"
     r"|score_histogram)\.png"
@@ -239,6 +240,6 @@ def _entries(folder: Path) -> list[Path]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(errors="replace")
+        return read_small(path)
     except OSError:
         return ""

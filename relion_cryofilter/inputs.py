@@ -8,12 +8,15 @@ of one that is gone.
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from relion_cryofilter.errors import CryoFilterError
 
@@ -23,6 +26,33 @@ Identity: TypeAlias = tuple[int, int, int, int]
 The last one tells of a file that was rewritten in place and got its old time back. A changed mode
 or a new hard link moves it too; such a run is refused for nothing, and goes on when started again.
 """
+
+
+def open_input(path: Path, buffering: int = -1) -> BinaryIO:
+    """Open a regular file to read its bytes; an OSError for a pipe or a device, which never end."""
+    if "\0" in str(path):
+        raise OSError(errno.EINVAL, "its name holds a zero byte", str(path))
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    file = open(path, "rb", buffering, opener=lambda *_: descriptor)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is a pipe or device, no file", str(path))
+    return file
+
+
+def read_small(path: Path) -> str:
+    """Return the text of a small file of RELION's, such as job.star: its first megabyte."""
+    with open_input(path) as file:
+        return file.read(1 << 20).decode(errors="replace")
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of JSON from outside; a ValueError for whatever is none."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
 
 _watched: ContextVar[dict[Path, Identity] | None] = ContextVar("watched", default=None)
 
@@ -60,7 +90,7 @@ def seen(path: Path, status: os.stat_result, known: Identity | None = None) -> I
 @contextmanager
 def reading(path: Path, known: Identity | None = None, buffering: int = 0) -> Iterator[BinaryIO]:
     """Open an input that is `known`, and see that it is the same when the block ends well."""
-    with path.open("rb", buffering=buffering) as file:
+    with open_input(path, buffering) as file:
         identity = seen(path, os.fstat(file.fileno()), known)
         yield file
         seen(path, os.fstat(file.fileno()), identity)

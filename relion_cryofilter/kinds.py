@@ -11,7 +11,7 @@ from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any
 
-from relion_cryofilter.errors import UsageError
+from relion_cryofilter.errors import UsageError, bounded
 
 FORMS = """\
   0.6               accept scores of 0.6 and more
@@ -27,6 +27,7 @@ THRESHOLD_2020 = 0.5
 EITHER = 0.5
 """As likely of the upper as of the lower component: what ``gmm`` asks of a mixture."""
 MAX_COUNT = 10**12
+_LARGEST = 2**31 - 1
 _DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 _NUMBER = re.compile(rf"{_DECIMAL}(?:e[+-]?[0-9]+)?")
 _PERCENTAGE = re.compile(rf"({_DECIMAL})\s*%")
@@ -202,7 +203,7 @@ def read_words(item: Field[Any], words: Sequence[str]) -> Any:
         return kind.read(text)
     except ValueError:
         raise UsageError(
-            f"--{item.name} is {text!r}; expected {kind.expected}. {item.metadata['help']}"
+            f"--{item.name} is {text[:100]!r}; expected {kind.expected}. {item.metadata['help']}"
         ) from None
 
 
@@ -223,11 +224,17 @@ def given(item: Field[Any], value: Any) -> Any:
 
 def check_limits(item: Field[Any], value: Any) -> None:
     """Raise a UsageError if a number is outside what the option allows."""
-    choices = item.metadata.get("choices")
-    if choices and value is not None and value not in choices:
+    kind, choices = item.metadata["kind"], item.metadata.get("choices")
+    if value is None:
+        return
+    if choices and value not in choices:
         raise UsageError(f"--{item.name} is {value!r}; expected {' or '.join(choices)}.")
+    if kind in ("integer", "integers"):
+        for number in value if isinstance(value, tuple) else (value,):
+            what = f"--{item.name}"
+            bounded(number, -_LARGEST, _LARGEST, what, item.metadata["help"], UsageError)
     low, high = item.metadata.get("low"), item.metadata.get("high")
-    if value is None or (low is None and high is None):
+    if low is None and high is None:
         return
     if not (low is None or value >= low) or not (high is None or value <= high):
         limits = f"from {low} to {high}" if high is not None else f"at least {low}"

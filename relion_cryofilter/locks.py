@@ -86,7 +86,7 @@ def one_run() -> Iterator[None]:
 
 class _Lock:
     def __init__(self, folder: Path) -> None:
-        self.path = folder / NAME
+        self.path, self._owner = folder / NAME, os.getpid()
         self._end = threading.Event()
         self._descriptor, locked = self._open()
         try:
@@ -163,7 +163,9 @@ class _Lock:
                 os.utime(self._descriptor)
 
     def free(self) -> None:
-        """Remove the file while it is still locked, then let go."""
+        """Remove the file while it is still locked, then let go; not in a child of the owner."""
+        if os.getpid() != self._owner:
+            return
         self._end.set()
         self._beat.join(BEAT_S)
         with suppress(OSError):

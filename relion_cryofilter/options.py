@@ -18,6 +18,9 @@ from relion_cryofilter.files import SCORE_LABEL
 from relion_cryofilter.kinds import ThresholdRequest, check_limits, given
 from relion_cryofilter.processes import local_count
 
+MOST_FILTERS, LARGEST_DIM = 256, 256
+"""Of networks: a convolution's filters, and the small image's side (px)."""
+
 NETWORKS = {"d4": "d4.D4", "straight": "networks.Straight", "roberts": "networks.Roberts"}
 """The networks by name, and where in `relion_cryofilter.nn` each is defined."""
 
@@ -69,8 +72,8 @@ class JobOptions(Options):
 
     @property
     def threads(self) -> int:
-        """Number of threads to use."""
-        return self.j or available_cores()
+        """Number of threads to use: no more than there are cores for them."""
+        return min(self.j or available_cores(), available_cores())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +113,12 @@ class ModelOptions(JobOptions):
         "GPUs: 0, 0,1, 0:1 or nothing for all of them; cpu or absent for none.", "gpu"
     )
     model: str | None = option("Network of the models, to check them.", "text")
-    f: int | None = option("Filters of the models, to check them.", "integer", low=1)
+    f: int | None = option(
+        "Filters of the models, to check them.", "integer", low=1, high=MOST_FILTERS
+    )
     img_dim: int | None = option(
         "Image size of the models in px: for Keras .h5 files that do not tell, else a check.",
-        "integer", low=1,
+        "integer", low=1, high=LARGEST_DIM,
     )  # fmt: skip
 
     @property
@@ -199,9 +204,11 @@ class TrainOptions(JobOptions, LabelOptions):
         "Default: the bundled model is fine-tuned.",
         "text", choices=tuple(NETWORKS),
     )  # fmt: skip
-    f: int | None = option("Filters of straight or roberts. Default: 32.", "integer", low=1)
+    f: int | None = option(
+        "Filters of straight or roberts. Default: 32.", "integer", low=1, high=MOST_FILTERS
+    )
     img_dim: int | None = option(
-        "Network image size in px. Default: 28; of d4, 48.", "integer", low=8
+        "Network image size in px. Default: 28; of d4, 48.", "integer", low=8, high=LARGEST_DIM
     )
     preprocess: str | None = option(
         "blur_resize (as in 2020) or fourier_crop. Default: that of 2020 for straight and roberts.",
@@ -292,10 +299,11 @@ class ConvertOptions(Options):
 
     weights: Path | None = option("The Keras .h5 weights.", "path", positional=True)
     o: Path | None = option("The model file to write, e.g. model.safetensors.", "path")
-    f: int | None = option("Filters, to check the file.", "integer", low=1)
+    f: int | None = option("Filters, to check the file.", "integer", low=1, high=MOST_FILTERS)
     img_dim: int | None = option(
-        "Network image size in px, if the file does not tell; then 28.", "integer", low=8
-    )
+        "Network image size in px, if the file does not tell; then 28.", "integer",
+        low=8, high=LARGEST_DIM,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

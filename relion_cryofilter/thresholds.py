@@ -7,8 +7,8 @@ the scores as they were given and of the same scores rounded to six decimals.
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from relion_cryofilter.errors import CryoFilterError, ModelError
-from relion_cryofilter.inputs import seen
+from relion_cryofilter.errors import CryoFilterError, ModelError, bounded
+from relion_cryofilter.inputs import open_input, parse_json, seen
 from relion_cryofilter.kinds import EITHER, ThresholdRequest
 
 Floats = NDArray[np.floating[Any]]
@@ -48,6 +48,7 @@ FEWEST_OF_MIXTURE, MOST_OF_MIXTURE, LEAST_SHARE, APART = 100, 50_000, 0.03, 2.0
 
 DECIMALS = 6
 STEPS = 10**DECIMALS
+_LARGEST_MODEL, _LONGEST_HEADER = 1 << 28, 1 << 24  # bytes; of names, shapes and provenance
 METADATA_KEY, CURVE = "relion_cryofilter", "operating_curve"
 """Where a model file keeps its JSON, and where in its provenance the curve is."""
 
@@ -358,7 +359,7 @@ class OperatingCurve:
                 tuple(float(score) for score in data["negatives"]),
                 int(data["n_positive"]), int(data["n_negative"]), int(data["n_groups"]),
             )  # fmt: skip
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ModelError(f"The model's operating curve can't be read: {error!r}.") from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -413,21 +414,31 @@ class OperatingCurve:
         )
 
 
+def check_model_header(path: Path) -> None:
+    """Raise an OSError if a file or its header is larger than any model's, before it is read."""
+    with open_input(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        bounded(size, 0, _LARGEST_MODEL, "its size (bytes)", refuse=OSError)
+        length = int.from_bytes(file.read(8), "little")
+        bounded(length, 2, _LONGEST_HEADER, "the length of its header", refuse=OSError)
+
+
 def read_curve(path: Path) -> OperatingCurve:
     """Read the curve in a model file, without torch; a ModelError if there is none."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        check_model_header(path)
         seen(path, path.stat())
         with safe_open(str(path), framework="np") as file:
             text = (file.metadata() or {})[METADATA_KEY]
-        return OperatingCurve.from_dict(json.loads(text)["provenance"][CURVE])
+        return OperatingCurve.from_dict(parse_json(text)["provenance"][CURVE])
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"{path}: can't be read as one model file ({error}). Name the .safetensors of a train "
             "job; select takes one."
         ) from error
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         raise ModelError(
             f"{path}: has no validation curve ({error!r}). Give a model made by `train`, or "
             "ask for a threshold such as 0.5 or keep=0.6."

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from making import PATIENCE_S, ROOT, started
 
+from relion_cryofilter.errors import UsageError
 from relion_cryofilter.particles.particles import read_particles
-from relion_cryofilter.relion import job, nodes
+from relion_cryofilter.relion import job, nodes, templates
 from relion_cryofilter.relion.templates import job_star
 
 SHIM = ROOT / "external_job.py"
@@ -186,6 +187,7 @@ def test_a_shim_that_lost_its_package_leaves_failure(project, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     shutil.copy(SHIM, alone)
     Path(JOB).mkdir(parents=True)
+    Path(JOB, job.SUCCESS).touch()  # of an earlier run
     command = [sys.executable, "-S", "-E", str(alone / "external_job.py"), "--o", JOB]
     done = subprocess.run(command, capture_output=True, text=True, cwd=project)
     assert outcome() == ["FAILURE"]
@@ -443,6 +445,36 @@ def test_a_template_goes_where_it_is_told(project):
 def test_a_template_cannot_hold_quotes(project, capsys):
     assert job.main(["job", "--mode", "score", "--weights", 'a"b']) == 2
     assert "can't hold a quote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "sign", [*";$`&|<>()*?[]{}!#'\\\t\r\0\x7f", "a\nb", "~/x", "a ~/x", "$(touch x)", "a;b"]
+)
+def test_a_template_refuses_what_a_shell_would_act_on(project, capsys, sign):
+    for option in ("--in_parts", "--weights", "--score_label"):
+        assert job.main(["job", "--mode", "score", option, f"{sign}x"]) == 2
+        said = capsys.readouterr().err
+        assert "RELION gives the values of a job.star to a shell" in said
+        assert "Rename the file or its folder" in said
+    assert not Path("job.star").exists()
+
+
+@pytest.mark.parametrize("name", ["a b.star", "Ω/µ–é.star", "a~1.star", "x,y=1:2@3+4%^-_.star"])
+def test_a_template_takes_names_that_mean_nothing_to_a_shell(project, name):
+    star = Path(name)
+    star.parent.mkdir(exist_ok=True)
+    star.touch()
+    assert job.main(["job", "--mode", "score", "--in_parts", name]) == 0
+    text = Path("job.star").read_text()
+    value = re.search(r'^in_part "?(.*?)"?$', text, re.M)[1]
+    done = subprocess.run(f"echo {value}", shell=True, capture_output=True, text=True)
+    assert done.stdout == f"{name}\n"
+
+
+def test_a_template_refuses_an_interpreter_whose_path_a_shell_would_act_on(project, monkeypatch):
+    monkeypatch.setattr(templates, "executable", lambda: "/opt/$HOME/relion_cryofilter")
+    with pytest.raises(UsageError, match="to a shell"):
+        job_star({"mode": ["score"]})
 
 
 def test_a_template_quotes_what_has_spaces():

@@ -82,9 +82,9 @@ def test_gradients_reach_every_weight() -> None:
     [
         ("resnet", {}, "Network 'resnet' is unknown; known are .*roberts.*straight"),
         ("straight", {"filters": 3}, "straight has no parameter 'filters'; it has f, dim"),
-        ("straight", {"f": 0}, "f is 0; it must be a whole number of 1 or more"),
-        ("straight", {"dim": 7}, "dim is 7; it must be a whole number of 8 or more"),
-        ("straight", {"dim": 28.0}, "dim is 28.0; it must be a whole number"),
+        ("straight", {"f": 0}, "f is 0; expected a whole number from 1 to 256"),
+        ("straight", {"dim": 7}, "dim is 7; expected a whole number from 8 to 256"),
+        ("straight", {"dim": 28.0}, "dim is 28.0; expected a whole number"),
     ],
 )
 def test_an_unknown_network_or_parameter_is_named(name: str, kwargs, message: str) -> None:

@@ -217,8 +217,8 @@ def test_a_recipe_survives_its_dictionary(recipe) -> None:
         ({"name": "wavelets"}, "Preprocessing 'wavelets' is unknown; known are blur_resize, four"),
         ({"dim": 28}, "Preprocessing None is unknown"),
         ({"name": "blur_resize", "sigma": 2}, "blur_resize has no field 'sigma'; it has dim, rob"),
-        ({"name": "fourier_crop", "dim": 0}, "side is 0 px; it must be a whole number above 1"),
-        ({"name": "fourier_crop", "dim": "48"}, "side is '48' px"),
+        ({"name": "fourier_crop", "dim": 0}, "side is 0; expected a whole number from 2"),
+        ({"name": "fourier_crop", "dim": "48"}, "side is '48'; expected a whole number"),
         ({"name": "fourier_crop", "clip_sigma": 0}, "clip_sigma is 0; it must be above 0"),
     ],
 )

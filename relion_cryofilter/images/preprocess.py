@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from relion_cryofilter.errors import ModelError
+from relion_cryofilter.errors import ModelError, bounded
+from relion_cryofilter.options import LARGEST_DIM
 
 Matrix = npt.NDArray[np.float64]
 
@@ -175,10 +176,9 @@ class Preprocess(ABC):
     roberts: bool
 
     def __post_init__(self) -> None:
-        if not isinstance(self.dim, int) or self.dim < 2:
-            raise ModelError(
-                f"The small image's side is {self.dim!r} px; it must be a whole number above 1."
-            )
+        bounded(self.dim, 2, LARGEST_DIM, "The small image's side", "It is in px.", ModelError)
+        if not isinstance(self.roberts, bool):
+            raise ModelError(f"roberts is {self.roberts!r:.60}; it must be true or false.")
 
     @staticmethod
     @abstractmethod
@@ -249,8 +249,8 @@ class FourierCrop(Preprocess):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.clip_sigma > 0:
-            raise ModelError(f"clip_sigma is {self.clip_sigma}; it must be above 0.")
+        if type(self.clip_sigma) not in (int, float) or not 0 < self.clip_sigma < float("inf"):
+            raise ModelError(f"clip_sigma is {self.clip_sigma!r:.60}; it must be above 0.")
 
     def __call__(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return what every recipe returns, clipped."""

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from relion_cryofilter.errors import Aborted
-from relion_cryofilter.files import CHECKPOINTS
+from relion_cryofilter.files import CHECKPOINTS, claim
 from relion_cryofilter.kinds import gpu_numbers
 from relion_cryofilter.nn.fitting import NOISE_POOL, Fit, FitData
 from relion_cryofilter.nn.networks import Network, choose_devices
@@ -159,7 +159,7 @@ class _Work:
         self.held: dict[tuple[str, int], Floats] = {}
         self.trained: tuple[Network, list[Epoch]]
         self.stopped = threading.Event()
-        (task.folder / CHECKPOINTS).mkdir(exist_ok=True)
+        claim(task.folder / CHECKPOINTS)
 
     def logits(self, recipe: Recipe, some: Sequence[int]) -> Floats:
         """Return the logits (m,) of the held rows of some folds; nan elsewhere."""

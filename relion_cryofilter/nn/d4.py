@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, batch_norm, conv2d
 
-from relion_cryofilter.errors import ModelError
+from relion_cryofilter.errors import ModelError, bounded
 from relion_cryofilter.images.preprocess import FourierCrop, d4_views
 from relion_cryofilter.nn.networks import Network, plane
+from relion_cryofilter.options import LARGEST_DIM
 
+_LARGEST_WIDTH = 64
 ORDER, EPSILON = 8, 1e-5
 """Number of flips and quarter turns of a square (see `d4_views`); what steadies a batch norm."""
 
@@ -126,10 +128,13 @@ class D4(Network):
 
     def __init__(self, widths: Sequence[int] = (4, 8, 16), dim: int = 48) -> None:
         super().__init__()
-        if dim % 8 or dim < 16:
+        bounded(dim, 16, LARGEST_DIM, "dim", refuse=ModelError)
+        if dim % 8:
             raise ModelError(f"Network d4 takes images of 16, 24, 32 … px; found {dim}.")
-        if len(widths) != 3 or min(widths) < 1:
-            raise ModelError(f"Network d4 has three widths above 0; found {list(widths)}.")
+        if len(widths) != 3:
+            raise ModelError(f"Network d4 has three widths; found {len(widths)}.")
+        for width in widths:
+            bounded(width, 1, _LARGEST_WIDTH, "Network d4: a width", refuse=ModelError)
         first, second, third = widths
         self.dim = dim
         self.kwargs: dict[str, Any] = {"widths": list(widths), "dim": dim}

@@ -26,7 +26,7 @@ from relion_cryofilter.images.preprocess import turn
 from relion_cryofilter.images.small_images import SmallImages
 from relion_cryofilter.nn.networks import CPU, Network
 from relion_cryofilter.nn.recipes import Recipe
-from relion_cryofilter.nn.trainer import CHUNK, FINAL_RATE, Epoch
+from relion_cryofilter.nn.trainer import CHUNK, FINAL_RATE, Epoch, read_checkpoint
 
 NOISE_POOL, MOST_SPECTRA = 256, 512
 UNKNOWN = float("nan")
@@ -188,9 +188,9 @@ class Fit:
         """Take over what the checkpoint holds; return its history."""
         if not self.checkpoint.is_file():
             return []
-        name = self.checkpoint
+        name, fresh = self.checkpoint, copy.deepcopy(optimiser.state_dict())
         try:
-            state = torch.load(name, map_location="cpu", weights_only=True)
+            state = read_checkpoint(name)
             if state["identity"] != dict(self.identity):
                 other = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
                 said = "%s is of another training; starting anew (other: %s)."
@@ -202,6 +202,7 @@ class Fit:
                 optimiser.load_state_dict(state["optimiser"])
         except Exception as error:  # torch raises many kinds for a damaged file
             network.load_state_dict(self.start.state_dict())
+            optimiser.load_state_dict(fresh)
             log.warning("%s can't be read (%s); starting anew.", name, type(error).__name__)
             return []
         done = len(history) * self.round_steps >= self.steps

@@ -6,7 +6,6 @@ h5py is imported here only, and only when a file is imported.
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import os
 import re
@@ -17,15 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from relion_cryofilter.errors import ModelError
+from relion_cryofilter.errors import ModelError, bounded
 from relion_cryofilter.images.preprocess import BlurResize
-from relion_cryofilter.inputs import seen
+from relion_cryofilter.inputs import open_input, parse_json, seen
 from relion_cryofilter.nn.networks import Network, build_network
+from relion_cryofilter.options import LARGEST_DIM, MOST_FILTERS
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 DEFAULT_DIM = 28
 """Image size (px) of the 2020 program, unless it was told otherwise."""
 CONVOLUTIONS_PER_TOWER, TOWERS = 6, {1: "straight", 2: "roberts"}
+
+LARGEST_FILE, MOST_ITEMS, MOST_WEIGHTS = 1 << 30, 1000, 10_000_000
+"""Bytes of a file, items in it, and numbers in one; the largest network has 4 million in one."""
 
 Layer = tuple[Tensor, Tensor]
 """Kernel and bias as Keras keeps them."""
@@ -46,7 +49,7 @@ def require_file(path: str | os.PathLike[str]) -> Path:
 
 def is_keras(path: Path) -> bool:
     """Tell whether a file is Keras's, by its first bytes or its name."""
-    with path.open("rb") as file:
+    with open_input(path) as file:
         signed = file.read(len(HDF5_SIGNATURE)) == HDF5_SIGNATURE
     return signed or path.suffix.lower() in (".h5", ".hdf5")
 
@@ -67,7 +70,9 @@ def read_keras(
     towers, rest = divmod(len(convolutions), CONVOLUTIONS_PER_TOWER)
     if rest or towers not in TOWERS:
         raise _not_ours(path, f"{len(convolutions)} convolutions")
-    name, filters = TOWERS[towers], int(convolutions[0][0].shape[3])
+    name = TOWERS[towers]
+    filters = int(convolutions[0][0].shape[3])
+    bounded(filters, 1, MOST_FILTERS, f"{path}: the number of filters", refuse=ModelError)
     for number, layer in enumerate(convolutions):
         expected = (3, 3, filters if number % CONVOLUTIONS_PER_TOWER else 1, filters)
         if tuple(layer[0].shape) != expected or tuple(layer[1].shape) != (filters,):
@@ -117,19 +122,28 @@ def _read_layers(path: Path) -> tuple[list[Layer], Layer, int | None]:
             'Install it with: pip install "relion_cryofilter[keras]"'
         ) from error
     found: dict[str, dict[str, np.ndarray]] = {}
+    names: list[str] = []
 
     def collect(name: str, item: Any) -> None:
-        if hasattr(item, "shape"):
+        bounded(len(names), 0, MOST_ITEMS, "the number of items", refuse=ValueError)
+        names.append(name)
+        if isinstance(item, h5py.Dataset):
+            # What it is, before any of it is read: storage that is not there costs nothing.
+            if item.shape is None or item.dtype.kind not in "fiu" or item.dtype.itemsize > 8:
+                raise ValueError(f"{name} holds no numbers")
+            bounded(math.prod(item.shape), 0, MOST_WEIGHTS, f"the size of {name}", "", ValueError)
             layer, _, part = name.rpartition("/")
-            found.setdefault(layer, {})[part.split(":")[0]] = item[()]
+            found.setdefault(layer, {})[part.split(":")[0]] = np.asarray(item[()])
 
     try:
+        bounded(path.stat().st_size, 0, LARGEST_FILE, "its size (bytes)", refuse=ValueError)
         with h5py.File(path, "r") as file:
             configured = _configured_dim(file.attrs.get("model_config"))
             file.get("model_weights", file).visititems(collect)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # h5py has errors of many kinds for a damaged file
         raise ModelError(
-            f"{path} is not a readable Keras .h5 file ({error}). Copy it again, or check the path."
+            f"{path} is not a readable Keras .h5 file ({_first_line(error)}). Copy it again, or "
+            "check the path."
         ) from error
 
     # By the kernel's rank and the number in the layer's name: 3 of ``conv2d_3``, 0 of ``conv2d``.
@@ -154,14 +168,19 @@ def _read_layers(path: Path) -> tuple[list[Layer], Layer, int | None]:
     return convolutions, dense[0], configured
 
 
+def _first_line(error: Exception) -> str:
+    """Return what an error says, in a few words."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def _configured_dim(model_config: bytes | str | None) -> int | None:
     """Return the image size (px) in a model's configuration, e.g. [null, 28, 28, 1]."""
-    network = json.loads(model_config).get("config", {}) if model_config else {}
+    network = parse_json(model_config).get("config", {}) if model_config is not None else {}
     for layer in network if isinstance(network, list) else network.get("layers", []):
         config = layer.get("config", {})
         shape = config.get("batch_input_shape") or config.get("batch_shape") or []
-        if len(shape) == 4 and isinstance(shape[1], int) and shape[1] == shape[2]:
-            return int(shape[1])
+        if len(shape) == 4 and shape[1] == shape[2] and shape[1] is not None:
+            return bounded(shape[1], 8, LARGEST_DIM, "the image size (px)", refuse=ValueError)
     return None
 
 

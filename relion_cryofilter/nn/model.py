@@ -30,6 +30,7 @@ from relion_cryofilter.images.preprocess import (
     filled_up,
     preprocess_from_dict,
 )
+from relion_cryofilter.inputs import parse_json
 from relion_cryofilter.kinds import ThresholdRequest
 from relion_cryofilter.nn.keras import is_keras, read_keras, require_file
 from relion_cryofilter.nn.networks import Network, build_network
@@ -44,6 +45,7 @@ from relion_cryofilter.thresholds import (
     Chosen,
     Interval,
     OperatingCurve,
+    check_model_header,
     threshold_and_reason,
 )
 
@@ -254,10 +256,10 @@ def load_model(path: str | os.PathLike[str]) -> Model:
     path = require_file(path)
     if is_keras(path):
         return import_keras(path)
-    metadata, tensors = _read_safetensors(path)
+    metadata, shapes = _read_safetensors(path)
     try:
+        _checked(metadata)
         network = build_network(metadata["network"]["name"], **metadata["network"]["kwargs"])
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         expected = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         kinds = {name: tensor.dtype for name, tensor in network.state_dict().items()}
         for name in (*expected, *sorted(shapes.keys() - expected)):
@@ -269,9 +271,12 @@ def load_model(path: str | os.PathLike[str]) -> Model:
                     f"{shapes.get(name, 'nothing')}. The file is damaged or was edited; copy it "
                     "again, or train or convert the model again."
                 )
-            if tensors[name].dtype != kinds[name]:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in shapes}
+        for name, tensor in tensors.items():
+            if tensor.dtype != kinds[name]:
                 raise ModelError(
-                    f"its tensor {name} holds {tensors[name].dtype}; expected {kinds[name]}. The "
+                    f"its tensor {name} holds {tensor.dtype}; expected {kinds[name]}. The "
                     "file was edited; copy it again, or train or convert the model again."
                 )
         network.load_state_dict(tensors)
@@ -290,19 +295,39 @@ def load_model(path: str | os.PathLike[str]) -> Model:
         return model
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from error
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ModelError(
             f"{path}: the model's metadata is incomplete or damaged ({error!r}). "
             "Copy the file again, or train or convert the model again."
         ) from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return our metadata and the tensors of a model file, or say why it is none."""
+def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a file if the types are right of what is read of it later."""
+    for key in ("threshold", "temperature"):
+        if type(metadata[key]) not in (int, float):
+            raise TypeError(f"{key} is {metadata[key]!r:.40}")
+    value = metadata["provenance"]
+    lists = {"pixel_sizes_angstrom": (int, float), "boxes_px": (int, float), "seen": (str,)}
+    for key, kinds in lists.items():
+        for item in value.get(key) or []:
+            if type(item) not in kinds:
+                raise TypeError(f"{key} holds {item!r:.40}")
+    for key, interval in (value.get(ESTIMATE) or {}).items():
+        if not all(end is None or type(end) in (int, float) for end in interval):
+            raise TypeError(f"{ESTIMATE} holds {key!r:.40}")
+    if value.get(CURVE) is not None:
+        OperatingCurve.from_dict(value[CURVE])
+    return metadata
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return our metadata and the tensors' shapes of a model file, or say why it is none."""
     try:
+        check_model_header(path)
         with safe_open(str(path), framework="pt", device="cpu") as file:
             text = (file.metadata() or {}).get(METADATA_KEY)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         kind = kind_of_file(path)
         if kind not in (None, MODEL):
@@ -318,7 +343,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "`relion_cryofilter train` or `convert`."
         )
     try:
-        metadata = json.loads(text)
+        metadata = parse_json(text)
         newer = metadata["format_version"] > FORMAT_VERSION
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(
@@ -330,7 +355,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{metadata.get('package_version', 'unknown')}); this is {__version__}, which "
             f"reads up to format {FORMAT_VERSION}. Update relion_cryofilter."
         )
-    return metadata, tensors
+    return metadata, shapes
 
 
 def import_keras(path: str | os.PathLike[str], **believed: Any) -> Model:

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from relion_cryofilter.errors import ModelError, UsageError
+from relion_cryofilter.errors import ModelError, UsageError, bounded
 from relion_cryofilter.images.preprocess import BlurResize, FourierCrop
-from relion_cryofilter.options import NETWORKS
+from relion_cryofilter.options import LARGEST_DIM, MOST_FILTERS, NETWORKS
 from relion_cryofilter.progress import counted
 
 log = logging.getLogger("relion_cryofilter")
@@ -130,10 +130,8 @@ class _Towers(Network):
 
     def __init__(self, f: int = 32, dim: int = 28) -> None:
         super().__init__()
-        for word, value, least in (("f", f, 1), ("dim", dim, 8)):
-            if not isinstance(value, int) or value < least:
-                needed = f"it must be a whole number of {least} or more"
-                raise ModelError(f"{word} is {value!r}; {needed}.")
+        bounded(f, 1, MOST_FILTERS, "f", refuse=ModelError)
+        bounded(dim, 8, LARGEST_DIM, "dim", refuse=ModelError)
         self.dim = dim
         self.kwargs = {"f": f, "dim": dim}
         self.feature_count = self.channels * f * (dim // 8) ** 2
@@ -176,8 +174,10 @@ class Roberts(_Towers):
 
 def network_class(name: str) -> type[Network]:
     """Return the network that `options.NETWORKS` has under a name, or raise ModelError."""
-    if name not in NETWORKS:
-        raise ModelError(f"Network {name!r} is unknown; known are {', '.join(sorted(NETWORKS))}.")
+    if not isinstance(name, str) or name not in NETWORKS:
+        raise ModelError(
+            f"Network {name!r:.60} is unknown; known are {', '.join(sorted(NETWORKS))}."
+        )
     module, _, kind = NETWORKS[name].rpartition(".")
     network: type[Network] = getattr(import_module(f"{__package__}.{module}"), kind)
     return network
@@ -193,6 +193,6 @@ def build_network(name: str, **kwargs: Any) -> Network:
     known = network.parameters_of()
     if strange := [word for word in kwargs if word not in known]:
         raise ModelError(
-            f"Network {name} has no parameter {strange[0]!r}; it has {', '.join(known)}."
+            f"Network {name} has no parameter {strange[0]!r:.60}; it has {', '.join(known)}."
         )
     return network(**kwargs)

@@ -22,8 +22,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from relion_cryofilter.errors import bounded
 from relion_cryofilter.files import replacing
-from relion_cryofilter.inputs import seen
+from relion_cryofilter.inputs import open_input, parse_json, seen
 from relion_cryofilter.particles.particles import ParticleSet
 from relion_cryofilter.particles.splits import short_hash
 from relion_cryofilter.progress import counted
@@ -57,17 +58,21 @@ class _Record:
 
     @classmethod
     def from_bytes(cls, body: bytes) -> _Record:
-        """Read a record; a ValueError, or the like, if it is none."""
+        """Read what `to_bytes` gave; a ValueError for what is no record."""
         line, _, values = body.partition(b"\n")
-        about = json.loads(line)
-        n, stack = about["n"], about["stack"]
+        try:
+            about = parse_json(line)
+            key, stack, identity = about["key"], about["stack"], tuple(about["identity"])
+            n = bounded(about["n"], 0, len(values) // 12, "n", refuse=ValueError)
+        except (KeyError, TypeError) as error:
+            raise ValueError("not a record") from error
         if not isinstance(stack, str) or len(values) != 12 * n:
-            raise ValueError(about)
+            raise ValueError("not a record")
         places = np.frombuffer(values, "<u4", n).astype(np.int64)
         scores = np.frombuffer(values, "<f8", n, 4 * n)
         if not ((scores >= 0) & (scores <= 1)).all():
-            raise ValueError(scores)
-        return cls(about["key"], stack, tuple(about["identity"]), places, scores)
+            raise ValueError("its scores are not from 0 to 1")
+        return cls(key, stack, identity, places, scores)
 
 
 class ScoreCache:
@@ -125,20 +130,20 @@ class ScoreCache:
         for number, records in by_stack.items():
             rows = order[edges[number] : edges[number + 1]]
             places = np.concatenate([record.places for record in records])
-            scores = np.concatenate([record.scores for record in records])
             wanted = particles.index[rows]
             rows, wanted = rows[wanted >= 0], wanted[wanted >= 0]
-            table = np.full(wanted.max(initial=-1) + 1, np.nan)
-            asked = places < len(table)
-            table[places[asked]] = scores[asked]
-            values[rows] = table[wanted]
+            most = min(places.max(initial=-1), wanted.max(initial=-1))
+            table = np.full(most + 1, np.nan)
+            known, asked = places < len(table), wanted < len(table)
+            table[places[known]] = np.concatenate([record.scores for record in records])[known]
+            values[rows[asked]] = table[wanted[asked]]
         return values
 
     def _read(self, path: Path) -> Iterator[_Record]:
         """Yield the whole records of a journal; cut our own off where the rest can't be used."""
         strange = 0
-        with path.open("rb", buffering=1 << 20) as file:
-            if file.readline(len(self._first_line)) != self._first_line:
+        with open_input(path, 1 << 20) as file:
+            if file.readline(len(self._first_line) + 1) != self._first_line:
                 log.info("%s is of other models or options; its scores are not used.", path)
                 end = 0
             else:
@@ -176,12 +181,14 @@ def _whole_records(file: BinaryIO) -> Generator[_Record | None, None, int]:
         if len(head) < _HEAD.size:
             return end
         length, check = _HEAD.unpack(head)
+        if length > os.fstat(file.fileno()).st_size - file.tell():
+            return end
         body = file.read(length)
-        if len(body) < length or zlib.crc32(body) != check:
+        if zlib.crc32(body) != check:
             return end
         try:
             record = _Record.from_bytes(body)
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except ValueError:
             record = None
         yield record
 
@@ -203,7 +210,7 @@ def _identity(path: Path, inverted: bool) -> tuple[int, ...] | None:
     """
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # the latter for a zero byte in its name
         return None
     seen(path, found)
     return (found.st_size, found.st_mtime_ns, *([-1] if inverted else []))

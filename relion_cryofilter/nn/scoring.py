@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -251,6 +252,9 @@ class _Features:
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(self._file, header)
             self._file.flush()
+            if hasattr(os, "posix_fallocate"):  # where the disk is full a memory map is a SIGBUS
+                n_bytes = 4 * shape[0] * shape[1]
+                os.posix_fallocate(self._file.fileno(), self._file.tell(), n_bytes)
             self._all = np.memmap(self._file, "<f4", "r+", self._file.tell(), shape)
         if self._all is not None:
             self._all[rows] = features

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ class Task:
         """Return what a checkpoint must agree on to be resumed; `parts` are rows of each part."""
         particles, start = self.labelled.particles, self.start
         rows = " ".join(particles.image_name(row) for row in range(len(particles)))
-        stats = [(path, path.stat()) for path in particles.stacks if path.exists()]
+        stats = [(path, path.stat()) for path in particles.stacks if os.path.exists(path)]  # noqa: PTH110
         dark = f" inverted {particles.inverted}" if any(particles.inverted) else ""
         stacks = " ".join(f"{p} {s.st_size} {s.st_mtime_ns}" for p, s in stats) + dark
         kind = [start.network.name, start.network.kwargs, start.preprocess.to_dict()]

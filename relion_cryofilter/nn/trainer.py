@@ -242,11 +242,7 @@ class Trainer:
         if not self.checkpoint.is_file():
             return
         try:
-            content = io.BytesIO(self.checkpoint.read_bytes())
-            with zipfile.ZipFile(content) as parts:  # torch itself checks no checksum
-                if damaged := parts.testzip():
-                    raise zipfile.BadZipFile(damaged)
-            state = torch.load(content, map_location="cpu", weights_only=True)
+            state = read_checkpoint(self.checkpoint)
             if state["identity"] != self.identity:
                 other = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
                 said = "%s is of another training; starting anew (other: %s)."
@@ -265,6 +261,16 @@ class Trainer:
             return
         done = "; training is finished" if self._finished() else ""
         log.info("Resuming from %s after epoch %d%s.", self.checkpoint, len(self.history), done)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds; raise whatever zipfile or torch does for a damaged one."""
+    content = io.BytesIO(path.read_bytes())
+    with zipfile.ZipFile(content) as parts:  # torch itself checks no checksum
+        if damaged := parts.testzip():
+            raise zipfile.BadZipFile(damaged)
+    state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
+    return state
 
 
 def predict(network: Network, images: SmallImages, rows: np.ndarray) -> Tensor:

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from relion_cryofilter.errors import CryoFilterError, CryoSparcError
+from relion_cryofilter.errors import CryoFilterError, CryoSparcError, bounded
 from relion_cryofilter.files import SCORE_LABEL, remove, replacing
-from relion_cryofilter.inputs import seen
+from relion_cryofilter.inputs import open_input, parse_json, seen
 from relion_cryofilter.particles.particles import OpticsGroup, ParticleSet, numbered, particle_set
 
 log = logging.getLogger("relion_cryofilter")
@@ -29,7 +29,14 @@ SCORE_FIELD = "cryofilter/score"
 
 _OWN_SLOT = "cryofilter"  # of our score: CryoSPARC has no type for it, so no result lists it
 _HERE = ">"  # CryoSPARC's mark before a path: relative to what names it, or to the project's folder
-_LONGEST_HEADER = 1 << 30  # bytes; numpy alone takes headers of many fields for an attack
+_LONGEST_HEADER = 1 << 18  # bytes; numpy alone takes headers of many fields for an attack
+_KINDS = {
+    **dict.fromkeys(("blob/path", "location/micrograph_path"), "O"),
+    **dict.fromkeys(("blob/idx", "alignments2D/class"), "iu"),
+    **dict.fromkeys(("blob/psize_A", "blob/sign", SCORE_FIELD), "iuf"),
+}
+"""Of the fields that are read: what numpy's kinds they may be, one value a row."""
+_LARGEST_GROUP = 1 << 16  # bytes of a .csg
 _TRIED = 100  # so many stacks are looked for before the project's folder is called unknown
 
 
@@ -124,7 +131,16 @@ class CsTable:
         """Return the values (n, …) of a field of any of the files, or None."""
         for file in self.files:
             if name in file.dataset:
-                return np.asarray(file.dataset[name])
+                values = np.asarray(file.dataset[name])
+                kinds = _KINDS.get(name, values.dtype.kind)
+                if values.ndim > 1 or values.dtype.kind not in kinds:
+                    expected = {"O": "texts", "iu": "whole numbers"}.get(kinds, "numbers")
+                    found = f"{values.dtype} of shape {values.shape[1:]}"
+                    raise CryoSparcError(
+                        f"{file.path}: its field {name} has the type {found}; expected {expected}, "
+                        "one a row. Give the particles .cs file of a job."
+                    )
+                return values
         return None
 
     def needed(self, name: str, cure: str) -> np.ndarray:
@@ -222,17 +238,24 @@ def read_cs(path: Path, passthrough: Path | None = None) -> CsTable:
     if path.suffix == ".csg":
         yaml: Any = optional("yaml", "PyYAML")
         try:
-            seen(path, path.stat())
-            content = yaml.safe_load(path.read_text())
+            with open_input(path) as file:
+                seen(path, os.fstat(file.fileno()))
+                text = file.read(_LARGEST_GROUP + 1)
+            bounded(len(text), 0, _LARGEST_GROUP, "its size", refuse=ValueError)
+            # All values are texts: dates and numbers are not converted.
+            content = yaml.load(text.decode(), Loader=yaml.BaseLoader)
             results = dict(content["results"].items())
-            names = list(dict.fromkeys(str(result["metafile"]) for result in results.values()))
-            types = {slot: str(result["type"]) for slot, result in results.items()}
+            names = list(dict.fromkeys(_text(result["metafile"]) for result in results.values()))
+            types = {_text(slot): _text(result["type"]) for slot, result in results.items()}
         except OSError as error:
             raise CryoSparcError(f"{path}: can't be read ({error.strerror}).") from error
-        except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+        except (
+            *(yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError),
+        ) as error:
             raise CryoSparcError(
-                f"{path}: is not a CryoSPARC result group ({type(error).__name__}: {error}). Give "
-                "a .csg that lists results with their metafile, or the .cs file itself."
+                f"{path}: is not a CryoSPARC result group ({type(error).__name__}: "
+                f"{str(error)[:200]}). Give a .csg that lists results with their metafile, or the "
+                ".cs file itself."
             ) from error
         if not names:
             raise CryoSparcError(f"{path}: lists no results. Give the .cs file itself.")
@@ -241,7 +264,7 @@ def read_cs(path: Path, passthrough: Path | None = None) -> CsTable:
         files = []
         for name in (name.removeprefix(_HERE) for name in names):
             places = [folder / name for folder in path.resolve().parents]
-            files.append(next(filter(Path.is_file, places), path.parent / name))
+            files.append(next(filter(os.path.isfile, places), path.parent / name))
         main, others = files[0], [*files[1:], *others]
     first = load_cs(main)
     if not len(first.dataset):
@@ -250,21 +273,28 @@ def read_cs(path: Path, passthrough: Path | None = None) -> CsTable:
     return CsTable(path, first, joined, types)
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a value is not text")
+    return value
+
+
 def load_cs(path: Path) -> CsFile:
     """Read one .cs file, in either of CryoSPARC's formats."""
     module = optional("cryosparc.dataset", TOOLS)
+    dtype = None
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             seen(path, os.fstat(file.fileno()))
-            compressed = file.read(6) == module.FORMAT_MAGIC_PREFIXES[module.CSDAT_FORMAT]
-        if compressed:
-            dtype, names = None, [item[0] for item in module.Dataset.inspect(path)["dtype"]]
-        else:
-            dtype = np.load(path, mmap_mode="r", max_header_size=_LONGEST_HEADER).dtype
-            names = list(dtype.names or ())
-        if "uid" not in names:
-            raise ValueError("it has no field uid")
-        dataset = module.Dataset.load(path)
+            if file.read(6) == module.FORMAT_MAGIC_PREFIXES[module.CSDAT_FORMAT]:
+                dataset = module.Dataset(_read_compressed(file, module.Stream))
+            else:
+                # Numpy checks that the file holds what the header says.
+                _check_numpy_header(file)
+                dtype = np.load(path, mmap_mode="r", max_header_size=_LONGEST_HEADER).dtype
+                if dtype["uid"] != np.uint64:
+                    raise ValueError("its field uid is none")
+                dataset = module.Dataset.load(path)
     except OSError as error:
         raise CryoSparcError(
             f"{path}: can't be read ({error.strerror or error}). Paths are relative to the working "
@@ -273,11 +303,69 @@ def load_cs(path: Path) -> CsFile:
     except CryoFilterError:
         raise
     except Exception as error:  # cryosparc-tools has one error for everything, and asserts
+        found = str(error.__cause__ or error)[:200]
         raise CryoSparcError(
-            f"{path}: can't be read as a CryoSPARC dataset ({error.__cause__ or error}). Give the "
-            "particles .cs file of a job, or its .csg result group."
+            f"{path}: can't be read as a CryoSPARC dataset ({found}). Give the particles .cs file "
+            "of a job, or its .csg result group."
         ) from error
     return CsFile(path, dataset, dtype)
+
+
+def _check_numpy_header(file: BinaryIO) -> None:
+    """Raise a ValueError if the header of an .npy file is longer than that of any dataset."""
+    file.seek(6)
+    version = file.read(2)
+    length = int.from_bytes(file.read(2 if version[:1] == b"\1" else 4), "little")
+    bounded(length, 0, _LONGEST_HEADER, "the length of its header", refuse=ValueError)
+
+
+def _read_compressed(file: BinaryIO, stream: Any) -> dict[str, np.ndarray]:
+    """Return the fields of a dataset in CryoSPARC's compressed format, behind its first 6 bytes.
+
+    Not read with ``Dataset.load``: it goes wherever the texts' places point in memory, and one
+    damaged file in two ends the process. A ValueError says what is wrong.
+
+    After a header in JSON, each column is a length and that many bytes, plain or an LZ4 block;
+    texts are places in a heap at the end, where each ends with a zero.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(4), "little")
+    bounded(length, 2, _LONGEST_HEADER, "the length of its header", refuse=ValueError)
+    header = parse_json(file.read(length))
+    n = bounded(header["length"], 0, size // 8, "its number of particles", refuse=ValueError)
+    packed, columns = set(header["compressed_fields"]), dict[str, np.ndarray]()
+    for name, kind, *shape in header["dtype"]:
+        width = np.dtype("<u8" if kind == "|O" else (_text(kind), tuple(*shape)))
+        if width.hasobject or not width.itemsize:
+            raise ValueError(f"its field {name} is of the type {kind}")
+        stored = int.from_bytes(file.read(4), "little") if n else 0
+        bounded(stored, 0, size - file.tell(), f"the length of {name}", refuse=ValueError)
+        content = file.read(stored)
+        if n and name in packed:  # 255 is the most that LZ4 can do
+            bounded(n * width.itemsize, 1, 255 * stored, f"the size of {name}", refuse=ValueError)
+            column = np.empty(n * width.itemsize, np.uint8)
+            if len(stream(None).decompress_numpy(content, column)) != len(column):
+                raise ValueError(f"its field {name} is cut off")
+            content = column.tobytes()
+        columns[name] = np.frombuffer(content, width)
+        if len(columns[name]) != n:
+            raise ValueError(f"its field {name} has {len(columns[name])} rows of {n}")
+    heap = file.read()
+    for name, kind, *_ in header["dtype"]:
+        if kind == "|O":
+            places, of_rows = np.unique(columns[name], return_inverse=True)
+            bounded(
+                int(places.max(initial=0)),
+                0,
+                max(len(heap) - 1, 0),
+                f"a text's place in {name}",
+                refuse=ValueError,
+            )
+            texts = [heap[k : heap.index(b"\0", k)].decode() for k in places.tolist()]
+            columns[name] = np.array([*texts, ""], object)[of_rows]
+    if columns["uid"].dtype != np.uint64:
+        raise ValueError("its field uid is none")
+    return columns
 
 
 def _in_order_of(main: CsFile, other: CsFile) -> CsFile:
@@ -354,7 +442,7 @@ def _project_of(source: Path, names: Sequence[str], project: Path | None) -> Pat
     folders = (project,) if project else (*source.resolve().parents, Path.cwd())
     for name in names[:_TRIED]:
         for folder in folders:
-            if (folder / name).is_file():
+            if os.path.isfile(folder / name):  # noqa: PTH113 - False for names of any length
                 return folder
     where = f"not in the project's folder {project}" if project else "in none of the folders above"
     cure = "Check that this is" if project else "Name with --project_dir the folder of"

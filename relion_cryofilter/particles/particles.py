@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import repeat
 from operator import contains
@@ -104,9 +105,10 @@ def parse_image_names(
         plain = digits.isascii() and digits.isdecimal() and all(numbers)
         path_text = "".join(stacks)
         if plain and all(stacks) and ":" not in path_text and ">" not in path_text:
-            places = [int(number) - 1 for number in numbers]
-            if min(places) >= 0 and max(places) < _LARGEST_INDEX:
-                return places, stacks
+            with suppress(ValueError):  # of numbers with thousands of digits
+                places = [int(number) - 1 for number in numbers]
+                if min(places) >= 0 and max(places) < _LARGEST_INDEX:
+                    return places, stacks
     both = []
     for row, name in enumerate(names, first):
         try:
@@ -412,14 +414,14 @@ def project_root(star_path: Path, stacks: Sequence[str]) -> Path:
     here = Path()
     folders = [here, *filter(None, (project, star_path.parent, *star_path.resolve().parents))]
     for folder in folders:
-        there = sum((folder / name).is_file() for name in tried)
+        there = sum(_is_file(folder / name) for name in tried)
         if there > most:
             most, best = there, folder
         if there == len(tried):
             break
     if best is not None:
-        first = next(name for name in tried if (best / name).is_file())
-        nearest = next((one for one in folders[1:] if (one / first).is_file()), best)
+        first = next(name for name in tried if _is_file(best / name))
+        nearest = next((one for one in folders[1:] if _is_file(one / first)), best)
         if best is here and not (here / first).samefile(nearest / first):
             raise StarError(
                 f"{star_path}: its image stack {first} is in the working directory, "
@@ -428,3 +430,8 @@ def project_root(star_path: Path, stacks: Sequence[str]) -> Path:
             )
         return best
     return here if project is None or find_project(here) == here.resolve() else project
+
+
+def _is_file(path: Path) -> bool:
+    """Tell whether a file is there; False for names that are too long for one."""
+    return os.path.isfile(path)  # noqa: PTH113 - Path.is_file raises for these

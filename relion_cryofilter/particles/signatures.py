@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from relion_cryofilter.inputs import open_input
 
 FIRST_BYTES = 1024
 """So many are looked at; an MRC header has as many."""
@@ -75,10 +78,6 @@ def kind_of_bytes(first: bytes) -> FileKind | None:
 
 def first_bytes(path: Path) -> bytes:
     """Return how a file begins; nothing of one that can't be read, or that is no regular file."""
-    try:
-        if path.is_file():
-            with path.open("rb") as file:
-                return file.read(FIRST_BYTES)
-    except OSError:
-        pass
+    with suppress(OSError, ValueError), open_input(path) as file:
+        return file.read(FIRST_BYTES)
     return b""

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.errors import ImageError
-from relion_cryofilter.inputs import Identity, seen
+from relion_cryofilter.inputs import Identity, open_input, seen
 from relion_cryofilter.particles.signatures import (
     IMAGES,
     STAR,
@@ -81,7 +81,7 @@ class StackHeader:
 def read_header(path: Path) -> StackHeader:
     """Read the header of an MRC stack; an ImageError for the reasons of this module."""
     try:
-        with path.open("rb") as file:
+        with open_input(path) as file:
             raw = file.read(HEADER_BYTES)
             status = os.fstat(file.fileno())
     except OSError as error:
@@ -230,7 +230,7 @@ class StackReader:
         for path, group in groupby(plan.runs, key=lambda run: run.stack.path):
             runs = list(group)
             try:
-                with path.open("rb", buffering=0) as file:
+                with open_input(path, 0) as file:
                     for run in runs:
                         end = start + run.count * run.stack.image_bytes
                         offset = run.stack.data_offset + run.first * run.stack.image_bytes

@@ -2,7 +2,8 @@
 
 A particle file is refused, with file, line and cure, for these reasons and no others:
 
-1. It can't be read, is no STAR file (see `signatures`), or has text before its first ``data_``.
+1. It can't be read, is no regular file, is no STAR file (see `signatures`; a line of more than a
+   megabyte, a hundred thousand tables), or has text before its first ``data_`` block.
 2. It has a carriage return (a Windows line end), or a label glued to its number.
 3. No loop has rlnImageName, several have and none or both are named ``particles`` or ``images``,
    or the loop has no rows.
@@ -31,7 +32,7 @@ from typing import BinaryIO, ClassVar
 
 import numpy as np
 
-from relion_cryofilter.errors import StarError
+from relion_cryofilter.errors import StarError, bounded
 from relion_cryofilter.files import SCORE_LABEL, remove, replacing
 from relion_cryofilter.inputs import Identity, identity_of, reading
 from relion_cryofilter.particles.signatures import STAR
@@ -55,11 +56,11 @@ _TOMO_LABELS = {
 }  # fmt: skip
 
 CHUNK_BYTES = 4 << 20  # most bytes that are read at once
-# A value, in quotes or bare, or a comment: ", ' and # count where a value begins.
-_TOKEN = re.compile(
-    rb"""(?<!\S)(?:"(?:[^"]|"(?=\S))*"(?=\s|$)|'(?:[^']|'(?=\S))*'(?=\s|$)|\#.*|\S+)""", re.VERBOSE
-)
+_LONGEST_LINE = 1 << 20  # bytes
+_MOST_TABLES, _MOST_LABELS = 100_000, 2_000
+_WORD = re.compile(rb"\S+")
 _SPECIAL = re.compile(rb"[\"'#]")
+_CLOSING = {b'"': re.compile(rb'"(?!\S)'), b"'": re.compile(rb"'(?!\S)")}
 _NO_ROW = re.compile(rb"\n[^\S\n]*(?:\n|#|data_|loop_)")
 _QUOTES = (b'"', b"'")
 _ROW_END = b"\0"
@@ -67,7 +68,10 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def whole_lines(file: BinaryIO, n_bytes: float = float("inf")) -> Iterator[bytes]:
-    """Yield the next `n_bytes` of an unbuffered file, or all of it, as chunks of whole lines."""
+    """Yield the next `n_bytes` of an unbuffered file, or all of it, as chunks of whole lines.
+
+    A line of more than a megabyte is a StarError.
+    """
     rest = b""
     while n_bytes > 0 and (read := file.read(int(min(CHUNK_BYTES, n_bytes)))):
         n_bytes -= len(read)
@@ -76,15 +80,46 @@ def whole_lines(file: BinaryIO, n_bytes: float = float("inf")) -> Iterator[bytes
             yield rest + whole + newline
             rest = b""
         rest += after
+        cure = "Is this a STAR file?"
+        bounded(len(rest), 0, _LONGEST_LINE, f"{file.name}: the length of a line", cure, StarError)
     if rest:
         yield rest
+
+
+def spans(line: bytes) -> Iterator[tuple[int, int]]:
+    """Return where the values of one row begin and end, quotes included, and then its comment.
+
+    ``"``, ``'`` and ``#`` count where a value begins, a closing quote where a value ends. Without
+    a closing quote an opening one is part of a word. Takes time in proportion to the line.
+    """
+    if _SPECIAL.search(line):
+        return _quoted_spans(line)
+    return map(re.Match.span, _WORD.finditer(line))
+
+
+def _quoted_spans(line: bytes) -> Iterator[tuple[int, int]]:
+    word, open_ended = _WORD.search(line), set[bytes]()
+    while word:
+        start, end = word.span()
+        mark = line[start : start + 1]
+        if mark == b"#":
+            yield start, len(line.rstrip(b"\n"))
+            return
+        if mark in _CLOSING and mark not in open_ended:
+            closing = _CLOSING[mark].search(line, start + 1)
+            if closing:
+                end = closing.end()
+            else:
+                open_ended.add(mark)
+        yield start, end
+        word = _WORD.search(line, end)
 
 
 def tokens(line: bytes) -> list[bytes]:
     """Split one row into its values: quotes kept, a trailing ``# comment`` left out."""
     if not _SPECIAL.search(line):
         return line.split()
-    words: list[bytes] = _TOKEN.findall(line)
+    words = [line[start:end] for start, end in spans(line)]
     return words[:-1] if words and words[-1].startswith(b"#") else words
 
 
@@ -206,7 +241,9 @@ class Loop:
         missing = (
             "Give the _data.star of a Class2D or Class3D job, or a Select job's particles.star."
         )
-        numbers = self._checked(CLASS_NUMBER, missing, lambda x: x % 1 == 0, "a number")
+        numbers = self._checked(
+            CLASS_NUMBER, missing, lambda x: (x % 1 == 0) & (abs(x) < 2**31), "a number"
+        )
         return numbers.astype(np.int64)
 
     def _checked(
@@ -274,19 +311,20 @@ class Loop:
         if plain and label not in self.labels:
             return [line[:-1] + b"%12.6f \n" % score for line, score in zip(lines, scores)]
         scored = []
+        column = self.labels.index(label) if label in self.labels else 0
+        bare = re.compile(rb"\s*(?:\S+\s+){%d}(\S+)" % column)
         for line, score in zip(lines, scores):
             value = b"%.6f" % score
             # In place of the old score.
             if label in self.labels:
-                column = self.labels.index(label)
-                match = next(islice(_TOKEN.finditer(line), column, None))
-                value = value.rjust(len(match[0]))
-                scored.append(line[: match.start()] + value + line[match.end() :])
+                match = None if _SPECIAL.search(line) else bare.match(line)
+                start, end = match.span(1) if match else next(islice(spans(line), column, None))
+                scored.append(line[:start] + value.rjust(end - start) + line[end:])
                 continue
             # After the last value, and in RELION's layout where the row has it.
             end = len(line.rstrip(b"\n"))
             if b"#" in line:
-                comments = (m.start() for m in _TOKEN.finditer(line) if m[0].startswith(b"#"))
+                comments = (start for start, _ in spans(line) if line[start : start + 1] == b"#")
                 end = next(comments, end)
             new = value.rjust(12) + b" " if line[end - 1 : end] in (b" ", b"\t") else b" " + value
             scored.append(line[:end] + new + line[end:])
@@ -370,6 +408,7 @@ class _Scanner:
     block: str | None = None
     loops: list[Loop] = field(default_factory=list)
     lists: dict[str, dict[str, str]] = field(default_factory=dict)
+    n_values: int = 0  # in the lists
     loop: Loop | None = None  # the last one, until the next block begins
     gap_line: int = 0  # of the first blank or comment after the loop's rows
     offset: int = 0  # of the current line
@@ -403,6 +442,11 @@ class _Scanner:
         """Return a StarError that names the file and the current line."""
         return StarError(f"{self.path}, line {self.number}: {found}. {cure}.")
 
+    def judge(self, count: int, most: int, what: str) -> None:
+        """Raise a StarError where there is more of something than a STAR file has."""
+        where = f"{self.path}, line {self.number}: {what}"
+        bounded(count, 0, most, where, "Is this a STAR file?", StarError)
+
     def scan_text(self, line: bytes, text: bytes) -> None:
         """Note a line that is not blank; `text` is what stands in it."""
         word, loop, end = text.split(None, 1)[0], self.loop, self.offset + len(line)
@@ -424,6 +468,7 @@ class _Scanner:
                 self.path, self.block, (), False, b"\n", end, end, end, identity=self.identity
             )
             self.loops.append(self.loop)
+            self.judge(len(self.loops), _MOST_TABLES, "the number of tables")
             self.gap_line = 0
         elif loop is not None and word.startswith(b"_") and not loop.n_rows:
             words = text.split()
@@ -434,6 +479,7 @@ class _Scanner:
             if label in loop.labels:
                 loop.fault = f"line {self.number}: the label _{label} stands there twice"
             loop.labels = (*loop.labels, label)
+            self.judge(len(loop.labels), _MOST_LABELS, "the number of labels")
             loop.numbered = len(words) > 1 and words[1].startswith(b"#")
             loop.label_tail = line[len(line.rstrip()) :]
             loop.labels_end = loop.rows_start = loop.rows_end = end
@@ -455,6 +501,8 @@ class _Scanner:
                 value = value[1:-1]
             block = self.lists.setdefault(self.block, {})
             block[word[1:].decode(errors="replace")] = value
+            self.n_values += 1
+            self.judge(self.n_values, _MOST_TABLES, "the number of values")
 
 
 def particle_loop(star: StarFile) -> Loop:

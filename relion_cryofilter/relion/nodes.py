@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from relion_cryofilter.files import remove, write_text
+from relion_cryofilter.inputs import read_small
 
 NODES_FILE = "RELION_OUTPUT_NODES.star"
 VERSIONS = ("3.1", "4.0", "5.0")
@@ -39,7 +40,7 @@ class Node:
 def relion_version(job_folder: Path) -> str:
     """Tell which RELION started the job, from the job.star it wrote; 5.0 where there is none."""
     try:
-        text = (job_folder / "job.star").read_text(errors="replace")
+        text = read_small(job_folder / "job.star")
     except OSError:
         return "5.0"
     if "_rlnJobTypeLabel" not in text:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -26,6 +27,8 @@ _FLAGS = {
     for item in fields(kind)
     if item.metadata["kind"] in ("flag", "gpu")
 }
+# ASCII but letters, digits, spaces and @%+=:,./_-^; and ~ where it means a home.
+_NOT_QUOTED = re.compile(r"[\x00-\x1f\x7f!\"#$&'()*;<>?\[\\\]`{|}]|(?:^|(?<=[\s:=]))~")
 _HEAD = """data_job
 
 _rlnJobType            99
@@ -122,6 +125,11 @@ def executable() -> str:
 
 
 def _quoted(value: str) -> str:
-    if '"' in value or "\n" in value:
-        raise UsageError(f"RELION's job.star can't hold a quote or line end in a value: {value!r}.")
+    """Return a value as job.star holds it; RELION puts it on a command line that a shell reads."""
+    if found := _NOT_QUOTED.search(value):
+        raise UsageError(
+            f"RELION gives the values of a job.star to a shell, so they can't hold a quote, a line "
+            f"end or a sign that means something there; found {found[0]!r} in {value!r:.200}. "
+            "Rename the file or its folder, or make a link with a plain name."
+        )
     return f'"{value}"' if not value or " " in value else value

@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 
 from relion_cryofilter.files import LOGFILE, REPORT, remove, replacing, write_text
 from relion_cryofilter.images.thumbnails import THUMBNAIL_PX, sprite
+from relion_cryofilter.options import available_cores
+from relion_cryofilter.processes import need_memory
 from relion_cryofilter.progress import duration
 from relion_cryofilter.results.charts import Chart, clean, printable
 from relion_cryofilter.results.outputs import Output
@@ -44,6 +46,7 @@ CELL_PX = (THUMBNAIL_PX + 14, THUMBNAIL_PX + 4)
 FACT_WIDTH, TEXT_WIDTH, TITLE_WIDTH, FONT = 54, 130, 100, 8.5
 LINES_A_PAGE, CHARTS_A_PAGE, GALLERIES_A_PAGE = 46, 4, 4
 NO_PICTURE = "none"
+REPORT_BYTES, BYTES_A_CORE = 0.6e9, 50e6  # address space of its libraries, and of their threads
 
 # Of report.html: its sprite, the pictures on either side of the slider's cut, its charts.
 SPRITE_COLUMNS, NEAREST, DOTS_PER_INCH, COLOURS = 20, 16, 110, 64
@@ -111,6 +114,7 @@ def write_report(folder: Path, collect: Callable[[], Report]) -> tuple[Output, .
     """
     start = time.monotonic()
     try:
+        need_memory(REPORT_BYTES + available_cores() * BYTES_A_CORE, "the report")
         report = collect()
         pages = chart_pages(report.charts)
         write_pdf(folder / LOGFILE, report, pages)
