@@ -25,6 +25,7 @@ import numpy as np
 
 from relion_cryofilter.errors import CryoFilterError, StarError
 from relion_cryofilter.files import find_project
+from relion_cryofilter.inputs import seen
 from relion_cryofilter.particles.particles import ParticleSet, numbers_of, read_particles
 from relion_cryofilter.particles.star import CLASS_NUMBER, StarFile, particle_loop, read_star
 
@@ -345,6 +346,7 @@ def _small_table(path: Path, *labels: str) -> dict[str, list[str]]:
 
     linecache.clearcache()  # or starfile may give a file's text of before
     try:
+        seen(path, path.stat())
         tables = starfile.read(path, always_dict=True, parse_as_string=list(labels))
     except OSError as error:
         raise CryoFilterError(f"{path}: can't be read ({error.strerror or 'missing'}).") from error
