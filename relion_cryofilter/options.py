@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from relion_cryofilter.files import SCORE_LABEL
 from relion_cryofilter.kinds import ThresholdRequest, check_limits, given
@@ -94,7 +94,7 @@ class ModelOptions(JobOptions):
         "flag",
         False,
     )
-    skipping: ClassVar[str] = "--skip_bad leaves them out"
+    skipping = "--skip_bad leaves them out"  # what is said of bad images
     skip_bad: bool = option(
         "Go on without missing, blank and NaN images (score: they get 0 and are listed in "
         "bad_images.csv).", "flag", False,
