@@ -7,7 +7,7 @@ Each specimen is a home: a model is fine-tuned on the labels of half of its micr
 the micrographs of the other half, drawn 20 times (home), or a thousand images of another specimen
 (away). Counted is how many runs are warned of. The simulated specimens differ in nothing but the
 molecule and the pixel size that makes it half a box wide; the real ones are of several
-microscopes, some without labels, which are away only.
+microscopes, some without labels, which are away only. The limits were chosen on seed 0.
 """
 
 import argparse

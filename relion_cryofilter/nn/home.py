@@ -6,8 +6,8 @@ micrographs that lie further off. The direction from bad to good particles is le
 of junk differ from set to set; so is what varies least, which is noise.
 
 `OUTSIDE` and `FAR` are from benchmarks/results/home.md. The radial spectrum of the images was
-tried beside the features: in trainings of eight micrographs it follows their defocus, and for 1 %
-more finds it took false alarms from 3 to 6 % of runs.
+tried beside the features: in trainings of eight micrographs it follows their defocus, took false
+alarms from 3 to 6 % of runs, and found nothing more.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def warn_if_far(
     if share > FAR:
         log.warning(
             "Features lie outside those of the model's training for %.0f %% of the particles (by "
-            "micrograph, of %s that were looked at): scores may mean nothing. Train again, on "
-            "labels of these images.", 100 * share, f"{len(taken):,}",
+            "micrograph, of %s that were looked at; a fifth is usual): scores may mean nothing. "
+            "Train again, on labels of these images.", 100 * share, f"{len(taken):,}",
         )  # fmt: skip
     return share
