@@ -60,8 +60,10 @@ def own(folder: Path) -> None:
         It is of another RELION job, or holds files of others (see `files.claim`).
     """
     claim(folder)
-    place = folder.resolve()
-    if place not in _held and not process_number():
+    place, first = folder.resolve(), True
+    with suppress(UsageError):  # who asks for the number next says what is wrong with it
+        first = not process_number()
+    if place not in _held and first:
         _held[place] = _Lock(folder)
 
 

@@ -78,7 +78,7 @@ def test_any_signal_that_a_queue_may_send_leaves_failure_however_often_it_comes(
         ("os._exit(1)", "A library ended the program (exit code 1)"),
         ("os._exit(0)", "A library ended the program (exit code 0)"),
         ("sys.exit(0)", "Nothing was done"),
-        ("raise MemoryError", "Out of memory"),
+        ("raise MemoryError", "out of memory (MemoryError)"),
     ],
 )
 def test_a_job_that_is_ended_by_a_crash_or_a_library_leaves_failure(folder, work, said):

@@ -115,9 +115,9 @@ def test_a_file_that_changes_while_it_is_sorted_gives_no_subsets(scored, monkeyp
 
     def changed(*given):
         appended(path)
-        return 0.5
+        return 0.5, "so many"
 
-    monkeypatch.setattr("relion_cryofilter.commands.select.choose_threshold", changed)
+    monkeypatch.setattr("relion_cryofilter.commands.select.threshold_and_reason", changed)
     assert job.main(f"select --in_parts {path} --threshold keep=0.5 --o External/a".split()) == 1
     assert refused(path, capsys, "External/a")
     assert not list(Path("External/a").glob("particles*"))

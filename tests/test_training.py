@@ -158,10 +158,12 @@ def test_a_damaged_checkpoint_gives_the_model_of_an_undisturbed_training(tmp_pat
         assert torch.equal(tensor, again.network.state_dict()[name]), name
 
 
-def test_a_training_that_diverges_is_one_sentence(select_project, capsys):
-    words = "--model straight --f 4 --learning_rate 1 --any_contrast --epochs 30"
+@pytest.mark.parametrize(("module", "split"), [("trainer", "--split 0.7"), ("crossfit", "")])
+def test_a_training_that_diverges_is_one_sentence(select_project, capsys, module, split):
+    words = f"--model straight --f 4 --learning_rate 1 --any_contrast --epochs 3 {split}"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("relion_cryofilter.nn.trainer.predict", lambda *_: torch.full((9,), np.nan))
+        name = f"relion_cryofilter.nn.{module}.predict"
+        patch.setattr(name, lambda *_: torch.full((9,), np.nan))
         assert job.main(train_words(words).split()) == 1
     said = capsys.readouterr().err
     assert "The training diverged" in said

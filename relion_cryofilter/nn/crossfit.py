@@ -22,7 +22,7 @@ from relion_cryofilter.nn.fitting import NOISE_POOL, Fit, FitData
 from relion_cryofilter.nn.networks import Network, choose_devices
 from relion_cryofilter.nn.recipes import COMPARED_FOLDS, Recipe, candidates, choose, fold_auc
 from relion_cryofilter.nn.task import NOISE_SEED, Task
-from relion_cryofilter.nn.trainer import Epoch, predict
+from relion_cryofilter.nn.trainer import Epoch, predict, refuse_diverged
 from relion_cryofilter.particles.splits import Folds, short_hash
 from relion_cryofilter.progress import Progress, counted
 
@@ -221,7 +221,9 @@ class _Work:
             self.held[recipe.name, fold] = np.empty(0)
             return
         held = folds.held[fold]
-        logits = predict(network, self.task.loaded.images, held).numpy().astype(np.float64)
+        predicted = predict(network, self.task.loaded.images, held)
+        refuse_diverged(predicted, recipe.learning_rate)
+        logits = predicted.numpy().astype(np.float64)
         self.held[recipe.name, fold] = logits
         labels = self.task.labelled.labels[held]
         log.info(

@@ -130,7 +130,7 @@ def _read_layers(path: Path) -> tuple[list[Layer], Layer, int | None]:
         if isinstance(item, h5py.Dataset):
             # What it is, before any of it is read: storage that is not there costs nothing.
             if item.shape is None or item.dtype.kind not in "fiu" or item.dtype.itemsize > 8:
-                raise ValueError(f"{name} holds no numbers")
+                raise ValueError(f"{name} holds no numbers but data of type {item.dtype}")
             bounded(math.prod(item.shape), 0, MOST_WEIGHTS, f"the size of {name}", "", ValueError)
             layer, _, part = name.rpartition("/")
             found.setdefault(layer, {})[part.split(":")[0]] = np.asarray(item[()])

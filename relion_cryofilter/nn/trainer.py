@@ -226,11 +226,7 @@ class Trainer:
     def _validate(self) -> tuple[float, float, float]:
         """Return loss, accuracy and AUC on the validation part."""
         logits = predict(self.network, self.images, self.split.validation)
-        if not torch.isfinite(logits).all():
-            raise CryoFilterError(
-                "The training diverged: the network's outputs are no numbers any more. Train with "
-                f"a smaller --learning_rate (it is {self.settings.learning_rate:g})."
-            )
+        refuse_diverged(logits, self.settings.learning_rate)
         rows = torch.from_numpy(self.split.validation)
         targets, weights = self.targets[rows], self.weights[rows]
         loss = binary_cross_entropy_with_logits(logits, targets, weights)
@@ -261,6 +257,15 @@ class Trainer:
             return
         done = "; training is finished" if self._finished() else ""
         log.info("Resuming from %s after epoch %d%s.", self.checkpoint, len(self.history), done)
+
+
+def refuse_diverged(logits: Tensor, learning_rate: float) -> None:
+    """Raise a CryoFilterError if what a trained network says is no number."""
+    if not torch.isfinite(logits).all():
+        raise CryoFilterError(
+            "The training diverged: the network's outputs are no numbers any more. Train with a "
+            f"smaller --learning_rate (it is {learning_rate:g})."
+        )
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

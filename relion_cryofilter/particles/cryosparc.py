@@ -32,10 +32,11 @@ _HERE = ">"  # CryoSPARC's mark before a path: relative to what names it, or to 
 _LONGEST_HEADER = 1 << 18  # bytes; numpy alone takes headers of many fields for an attack
 _KINDS = {
     **dict.fromkeys(("blob/path", "location/micrograph_path"), "O"),
-    **dict.fromkeys(("blob/idx", "alignments2D/class"), "iu"),
+    **dict.fromkeys(("blob/idx", "blob/shape", "alignments2D/class"), "iu"),
     **dict.fromkeys(("blob/psize_A", "blob/sign", SCORE_FIELD), "iuf"),
 }
 """Of the fields that are read: what numpy's kinds they may be, one value a row."""
+_SHAPE = "blob/shape"  # has two values a row
 _LARGEST_GROUP = 1 << 16  # bytes of a .csg
 _TRIED = 100  # so many stacks are looked for before the project's folder is called unknown
 
@@ -133,12 +134,13 @@ class CsTable:
             if name in file.dataset:
                 values = np.asarray(file.dataset[name])
                 kinds = _KINDS.get(name, values.dtype.kind)
-                if values.ndim > 1 or values.dtype.kind not in kinds:
+                shape = (2,) if name == _SHAPE else ()
+                if values.shape[1:] != shape or values.dtype.kind not in kinds:
                     expected = {"O": "texts", "iu": "whole numbers"}.get(kinds, "numbers")
                     found = f"{values.dtype} of shape {values.shape[1:]}"
                     raise CryoSparcError(
                         f"{file.path}: its field {name} has the type {found}; expected {expected}, "
-                        "one a row. Give the particles .cs file of a job."
+                        f"{'two' if shape else 'one'} a row. Give the particles .cs file of a job."
                     )
                 return values
         return None
@@ -419,19 +421,15 @@ def particles_of_cs(table: CsTable, project: Path | None = None) -> ParticleSet:
     location = table.column("location/micrograph_path")
     micrographs = None if location is None else numbered(location)
     # One optics group for each pixel size and box.
-    sizes, shapes = table.column("blob/psize_A"), table.column("blob/shape")
+    sizes, shapes = table.column("blob/psize_A"), table.column(_SHAPE)
     size, size_of = np.unique(np.zeros(len(table)) if sizes is None else sizes, return_inverse=True)
-    boxes = np.zeros(len(table)) if shapes is None or shapes.ndim != 2 else shapes[:, -1]
+    boxes = np.zeros(len(table)) if shapes is None else shapes[:, -1]
     box, box_of = np.unique(boxes, return_inverse=True)
     kinds, optics_of = np.unique(size_of * len(box) + box_of, return_inverse=True)
     both = [(size[kind // len(box)], box[kind % len(box)]) for kind in kinds.tolist()]
     known = [[float(value) if value > 0 else None for value in kind] for kind in both]
     optics = [OpticsGroup(str(n), *kind) for n, kind in enumerate(known, 1)], optics_of
     root, index = _project_of(table.source, names, project), table.needed("blob/idx", cure)
-    if index.dtype.kind not in "iu":
-        raise CryoSparcError(
-            f"{table.source}: blob/idx holds {index.dtype}; expected whole numbers."
-        )
     return particle_set(
         table.source, root, (stacks, stack_of), index, micrographs, optics, inverted, table
     )
