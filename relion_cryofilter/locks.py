@@ -23,6 +23,7 @@ import fcntl
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -99,7 +100,10 @@ class _Lock:
             os.close(self._descriptor)
             raise
         self._beat = threading.Thread(target=self._keep_beating, daemon=True)
+        # The thread hears no signals: they are to interrupt what the main thread waits for.
+        heard = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         self._beat.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
     def _open(self) -> tuple[int, bool]:
         """Open the file that is at the path once it is locked, and tell if it could be locked."""

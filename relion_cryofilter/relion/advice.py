@@ -31,7 +31,7 @@ def advice_on(error: BaseException) -> str:
     if _is_of_memory(error):
         return (
             f"out of memory ({str(error) or type(error).__name__}). Give the job more memory, or "
-            "let it need less: fewer threads (--j), a smaller --batch_size; train also --max_memory."
+            "let it need less: fewer threads (--j), a smaller --batch_size; train: --max_memory."
         )
     top = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and top not in sys.modules:
