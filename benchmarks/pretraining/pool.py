@@ -53,33 +53,31 @@ def training_molecules(maps: Path) -> list[Molecule]:
     return molecules
 
 
-def simulate_shards(
-    maps: Path, real: Path, work: Path, numbers: Sequence[int], parent: int
-) -> None:
-    """Make the shards that are not there yet, the validation's first, while the parent lives."""
-    torch.set_num_threads(1)
-    molecules = training_molecules(maps)
-    images, _ = split_real(real)
-    backgrounds = images.images[np.isin(images.kinds, ICE) & ~images.good] / UNIT
-    jobs = [(VALIDATION_SEED, number, kind) for number, kind in enumerate(VALIDATION_KINDS)]
-    jobs = jobs if 0 in numbers else []
-    for seed, number, kind in [*jobs, *((SEED, n, kind_of_shard(n)) for n in numbers)]:
-        path = shard_path(work, seed == VALIDATION_SEED, number)
+class Simulator:
+    """Makes shards: of molecules that are not held out, and on real ice of the training."""
+
+    def __init__(self, maps: Path, real: Path, work: Path) -> None:
+        self.work, self.molecules = work, training_molecules(maps)
+        images, _ = split_real(real)
+        self.backgrounds = images.images[np.isin(images.kinds, ICE) & ~images.good] / UNIT
+
+    def make(self, number: int, *, validation: bool = False) -> None:
+        """Make a shard, unless it is there; its number decides what it holds."""
+        path = shard_path(self.work, validation, number)
         if path.exists():
-            continue
-        if os.getppid() != parent:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        first = number * MICROGRAPHS
-        micrographs = range(first, first + MICROGRAPHS)
+        seed = VALIDATION_SEED if validation else SEED
+        kind = VALIDATION_KINDS[number] if validation else kind_of_shard(number)
+        micrographs = range(number * MICROGRAPHS, (number + 1) * MICROGRAPHS)
         if kind == "noise":
             rngs = [np.random.default_rng([seed, micrograph]) for micrograph in micrographs]
             boxes = np.concatenate([pure_noise(rng, PICKS, BOX_PX) for rng in rngs])
             targets, kinds = np.zeros(len(boxes), np.float32), np.full(len(boxes), "noise")
         else:
             made = simulate_varied(
-                seed, micrographs, picks=PICKS, box_px=BOX_PX, molecules=molecules,
-                backgrounds=backgrounds if kind == "composite" else None,
+                seed, micrographs, picks=PICKS, box_px=BOX_PX, molecules=self.molecules,
+                backgrounds=self.backgrounds if kind == "composite" else None,
             )  # fmt: skip
             boxes, targets, kinds = made.images, made.targets, made.kinds
         with replacing(path) as file:
@@ -87,6 +85,25 @@ def simulate_shards(
                 file, images=encoded(boxes), targets=targets.astype(np.float16), kinds=kinds,
                 micrographs=np.repeat(micrographs, PICKS), kind=kind,
             )  # fmt: skip
+
+    def make_next(self, most: int) -> None:
+        """Make the first shard that is missing, if there are fewer than `most`."""
+        for number in range(most):
+            if not shard_path(self.work, False, number).exists():
+                self.make(number)
+                return
+
+
+def simulate_shards(
+    maps: Path, real: Path, work: Path, numbers: Sequence[int], parent: int
+) -> None:
+    """Make the shards that are not there yet, while the parent process lives."""
+    torch.set_num_threads(1)
+    simulator = Simulator(maps, real, work)
+    for number in numbers:
+        if os.getppid() != parent:
+            return
+        simulator.make(number)
 
 
 def shard_path(work: Path, validation: bool, number: int) -> Path:
@@ -130,18 +147,13 @@ class Pool:
                     data = dict(shard)
                 self.kinds_of_shard.setdefault(str(data["kind"]), []).append(data)
 
-    def ready(self) -> bool:
-        """Tell whether there is something of every kind, and some simulated images."""
-        found = self.kinds_of_shard
-        few = 6 if self.validation else 10
-        return len(found) == 3 and len(found["simulated"]) >= few
-
     def draw(self, rng: np.random.Generator, kind: str, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Return n images (n, 64, 64) int8 of a kind of shard, and their targets (n,)."""
         shards = self.kinds_of_shard[kind]
         images = np.empty((n, BOX_PX, BOX_PX), np.int8)
         targets = np.empty(n, np.float32)
-        for place, number in enumerate(rng.integers(0, len(shards), n)):
+        # The latest more often: the others have had their turns.
+        for place, number in enumerate((len(shards) * rng.random(n) ** 0.6).astype(int)):
             row = rng.integers(0, len(shards[number]["targets"]))
             images[place] = shards[number]["images"][row]
             targets[place] = shards[number]["targets"][row]
@@ -199,7 +211,11 @@ class Batches:
         into = torch.arange(len(of))  # simulated ones, which are many
         images[into] = random_phases(images[of], generator)
         targets[into] = 0
-        small = [self.recipe(self._varied(images, generator))]
+        # A little larger in the box, and up to a pixel off.
+        crop = int(rng.integers(26, 33)) * 2
+        y, x = (BOX_PX - crop) // 2 + rng.integers(-1, 2, 2) * (crop < BOX_PX)
+        varied = self._varied(images, generator)[:, y : y + crop, x : x + crop]
+        small = [self.recipe(varied)]
         # Real ones, larger in the box or not; junk is junk beside its place and turned over too.
         negatives = torch.from_numpy(self.pool.draw_real(rng, False, count["real"] - n_good))
         negatives = negatives.float() / UNIT * (1 - 2 * (torch.rand(len(negatives), 1, 1,

@@ -3,11 +3,12 @@
     python benchmarks/pretraining/pretrain.py --maps FOLDER --real FOLDER --work FOLDER
 
 --maps holds densities (.mrc) of real molecules, --real labelled real images (real_images.py says
-which are used and which are kept for tests). --work gets the simulated images, which processes of
-their own make while the network trains on those that are there, and a checkpoint every minute: a
-run that was stopped or killed goes on with the same command, and with more --images or --hours it
-goes on after its end. The rate falls with the budget, whichever of images and hours is used up
-first. At any time --export writes the model of the averaged weights, calibrated.
+which are used and which are kept for tests). --work gets the simulated images, which are made
+while the network trains on those that are there, by processes of their own or with --j 0 in turn,
+and a checkpoint every minute: a run that was stopped or killed goes on with the same command, and
+with more --images or --hours it goes on after its end. The rate falls with the budget, whichever of
+images and hours is used up first. At any time --export writes the model of the averaged weights,
+calibrated.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pool import Batches, Pool, simulate_shards
+from pool import VALIDATION_KINDS, Batches, Pool, Simulator, simulate_shards
 from real_images import split_real
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -36,6 +37,9 @@ CHECKPOINT_SECONDS, LOG_SECONDS, JUDGE_SECONDS = 45, 60, 420
 NORM_SHARE = 0.15
 """Of the budget, in which batch norms use the statistics of batches. Then they are kept: that is
 what fine-tuning does too, and takes half the time."""
+
+FIRST_SHARDS = 12
+"""Before training begins; there are all kinds among them."""
 
 WARM_UP_IMAGES, FINAL_RATE, AVERAGED_STEPS = 20_000, 0.01, 1500
 
@@ -130,8 +134,17 @@ class Training:
         return network.eval().to(memory_format=torch.channels_last)
 
 
-def train(training: Training, pool: Pool, validation: Pool, log: Path) -> None:
-    """Train until the budget is used up, on what is in the pool, which may grow."""
+def train(
+    training: Training,
+    pool: Pool,
+    validation: Pool,
+    log: Path,
+    simulator: Simulator | None = None,
+) -> None:
+    """Train until the budget is used up, on what is in the pool, which may grow.
+
+    A simulator makes a shard after every `fresh` images of the options.
+    """
     options = training.options
     batches = Batches(pool, options.batch_size, FourierCrop(options.dim), options.seed)
     saved = logged = judged = last = time.monotonic()
@@ -139,6 +152,9 @@ def train(training: Training, pool: Pool, validation: Pool, log: Path) -> None:
     while training.used < 1:
         batch, targets = batches.get(training.images)
         losses.append(training.step(batch, targets))
+        if simulator and training.images % options.fresh < len(batch):
+            simulator.make_next(options.shards)
+            pool.grow()
         now = time.monotonic()
         training.seconds += now - last
         last = now
@@ -190,7 +206,10 @@ def main() -> None:
     parser.add_argument("--images", type=float, default=3e6, help="To see in all.")
     parser.add_argument("--hours", type=float, default=24.0, help="To train at most, in all.")
     parser.add_argument("--shards", type=int, default=500, help="Of 1,200 fresh images each.")
-    parser.add_argument("--j", type=int, default=1, help="Processes that simulate.")
+    parser.add_argument("--j", type=int, default=1, help="Processes that simulate; 0: --fresh.")
+    parser.add_argument(
+        "--fresh", type=int, default=4800, help="Images between two shards made in training."
+    )
     parser.add_argument("--learning_rate", type=float, default=3e-3)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--widths", type=int, nargs=3, default=(4, 8, 16))
@@ -206,6 +225,11 @@ def main() -> None:
 
         export(Training(options), options.export)
         return
+    simulator = Simulator(options.maps, options.real, options.work)
+    for number in range(len(VALIDATION_KINDS)):
+        simulator.make(number, validation=True)
+    for number in range(FIRST_SHARDS):
+        simulator.make(number)
     context = multiprocessing.get_context("spawn")
     for worker in range(options.j):
         job = (options.maps, options.real, options.work, range(worker, options.shards, options.j))
@@ -213,11 +237,8 @@ def main() -> None:
     real, _ = split_real(options.real)
     pool = Pool(options.work, real, validation=False)
     validation = Pool(options.work, None, validation=True)
-    while not (pool.ready() and validation.ready()):
-        time.sleep(2)
-        pool.grow()
-        validation.grow()
-    train(Training(options), pool, validation, options.work / f"{options.name}.log")
+    log = options.work / f"{options.name}.log"
+    train(Training(options), pool, validation, log, None if options.j else simulator)
 
 
 if __name__ == "__main__":
