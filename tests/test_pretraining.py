@@ -21,7 +21,7 @@ import pretrain
 from real_images import split_real
 
 from relion_cryofilter.images.preprocess import FourierCrop
-from relion_cryofilter.nn.model import load_model
+from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
 
 SETS = {
     # name: columns beyond image, and what they hold of image number i
@@ -114,7 +114,8 @@ def test_images_survive_their_encoding():
 def settings(work: Path, **changed) -> argparse.Namespace:
     usual = {
         "seed": 1, "widths": (1, 1, 2), "dim": 48, "learning_rate": 3e-3, "work": work,
-        "name": "test", "images": 1280, "hours": 1.0, "bf16": False, "batch_size": 64, "init": None,
+        "name": "test", "images": 1280, "hours": 1.0, "bf16": False, "batch_size": 64,
+        "init": None, "blend": 1.0,
     }  # fmt: skip
     return argparse.Namespace(**{**usual, **changed})
 
@@ -164,3 +165,9 @@ def test_a_stopped_training_gives_a_model_that_accepts_no_noise_and_says_how_it_
     scores = model.probabilities(model.preprocess(torch.from_numpy(noise)))
     assert (scores >= 0.5).float().mean() <= 0.02
     assert model.curve.n_groups == 10
+    # Half of the way back to where it came from.
+    start = pretrain.Training(settings(work, name="start", init=BUNDLED_MODEL, widths=(4, 8, 16)))
+    moved = {name: value + 1 for name, value in start.averaged.state.items()}
+    start.averaged.state, start.options.blend = moved, 0.5
+    bias = load_model(BUNDLED_MODEL).network.head.bias
+    assert torch.allclose(start.averaged_network().head.bias, bias + 0.5)

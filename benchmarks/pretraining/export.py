@@ -85,7 +85,8 @@ def export(training: Training, path: Path) -> None:
         "fine_tuned_from": load_model(options.init).hash if options.init else None,
         "settings": {
             "seed": options.seed, "learning_rate": options.learning_rate,
-            "images_seen": training.images, "hours": round(training.seconds / 3600, 2),
+            "blend": options.blend, "images_seen": training.images,
+            "hours": round(training.seconds / 3600, 2),
         },
         "validation": {
             "auc": round(float(roc_auc_score(good, values)), 4), "by_kind": by_kind,

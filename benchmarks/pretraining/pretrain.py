@@ -127,10 +127,20 @@ class Training:
         return float(loss.detach())
 
     def averaged_network(self) -> Network:
-        """Return a network with the averaged weights, ready to score."""
+        """Return a network with the averaged weights, ready to score.
+
+        With --init and --blend they are on the way from the start to there: what was trained
+        further on other images is often best between the two (M. Wortsman et al., CVPR 2022).
+        """
         options = self.options
         network = build_network("d4", widths=list(options.widths), dim=options.dim)
-        network.load_state_dict(self.averaged.state)
+        state = self.averaged.state
+        if options.init and options.blend < 1:
+            start = load_model(options.init).network.state_dict()
+            state = {
+                name: torch.lerp(start[name], value, options.blend) for name, value in state.items()
+            }
+        network.load_state_dict(state)
         return network.eval().to(memory_format=torch.channels_last)
 
 
@@ -216,6 +226,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--blend", type=float, default=1.0, help="0: the weights of --init, 1: the trained ones."
+    )
     parser.add_argument("--export", type=Path, help="Write this model file and stop.")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

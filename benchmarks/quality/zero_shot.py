@@ -22,9 +22,12 @@ from runs import score_images
 from sets import all_sets
 from table import _table, _weighted_auc
 
+from relion_cryofilter.errors import CryoFilterError
 from relion_cryofilter.images.preprocess import FourierCrop
+from relion_cryofilter.kinds import ThresholdRequest
 from relion_cryofilter.nn.linear import out_of_fold_scores, radial_features
 from relion_cryofilter.nn.model import BUNDLED_MODEL, Model, load_model
+from relion_cryofilter.thresholds import DECIMALS, choose_threshold
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretraining"))
 
@@ -124,6 +127,7 @@ def main() -> None:
     text += ["## AUC without labels", _auc_table(sets, names, scores)]
     text += ["## Accepted at the model's own threshold, and at 0.5"]
     text += [_accepted_table(options.real, sets, names, models, scores)]
+    text += ["## Thresholds without labels", _thresholds_table(sets, names, models, scores)]
     options.out.write_text("\n\n".join(part.strip() for part in text) + "\n")
     print(f"wrote {options.out}")
 
@@ -166,6 +170,35 @@ def _accepted_table(
     ]  # fmt: skip
     head = [f"{name}, {model.threshold:.3f} / 0.5" for name, model in zip(names, models)]
     return _table(["what", "images", *head], lines)
+
+
+def _thresholds_table(
+    sets: list[Labelled],
+    names: list[str],
+    models: list[Model],
+    scores: dict[tuple[str, str], np.ndarray],
+) -> str:
+    """Return the share of good ones and of junk accepted by each rule, and half their difference.
+
+    That is the balanced accuracy; of a rule that is refused, nothing.
+    """
+    lines = []
+    for data in sets:
+        for name, model in zip(names, models):
+            values, cells = scores[data.name, name].round(DECIMALS), []
+            for request in ("own", "0.5", "gmm", f"keep={data.good.mean():.2f}"):
+                try:
+                    cut = model.threshold if request == "own" else choose_threshold(
+                        ThresholdRequest.parse(request), values)  # fmt: skip
+                except CryoFilterError:
+                    cells.append("refused")
+                    continue
+                good, bad = ((values[data.good == kind] >= cut).mean() for kind in (True, False))
+                cells.append(f"{(1 + good - bad) / 2:.3f} ({good:.0%}, {bad:.0%})")
+            lines.append([data.name, name, *cells])
+    head = ["set", "model", "own threshold: balanced accuracy (good, junk accepted)", "0.5", "gmm",
+            "keep= the true share"]  # fmt: skip
+    return _table(head, lines)
 
 
 if __name__ == "__main__":
