@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from relion_cryofilter.kinds import KINDS
-from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, JobOptions, Options
+from relion_cryofilter.options import (
+    JOB_MODES,
+    MODES,
+    RELION_ONLY,
+    TEMPLATES,
+    JobOptions,
+    Options,
+)
 
 PAGE = Path(__file__).with_name("options.md")
 HEAD = """# Options
@@ -40,7 +47,7 @@ def page() -> str:
     text = HEAD.format(jobs=f"{', '.join(jobs[:-1])} and {jobs[-1]}")
     everywhere = [item.name for item in fields(Options)]
     text += "\n" + "\n".join(["## All modes", "", *_table(fields(Options))]) + "\n"
-    for mode, kind in MODES.items():
+    for mode, kind in {**MODES, **TEMPLATES}.items():
         own = [item for item in fields(kind) if item.name not in everywhere]
         first = [item.name for item in fields(JobOptions)]
         own.sort(key=lambda item: not (item.metadata.get("positional") or item.name in first))

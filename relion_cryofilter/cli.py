@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from relion_cryofilter.errors import UsageError, readable, suggestion
 from relion_cryofilter.kinds import KINDS, read_words
-from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, Options
+from relion_cryofilter.options import JOB_MODES, MODES, RELION_ONLY, TEMPLATES, Options
 from relion_cryofilter.processes import __version__, process_number
 
 PROGRAM = "relion_cryofilter"
@@ -26,9 +26,14 @@ Write job.star and .gui_externaljob.star into this folder, a RELION project: the
 External tab when its window is started (if it is open: External, then Jobs > Load job settings),
 and relion_pipeliner --addJobFromStar takes them. With --o, write that one file only.
 MODE is one of {", ".join(JOB_MODES)};
-`{PROGRAM} MODE --help` lists its options."""
+`{PROGRAM} MODE --help` lists its options.
+
+{PROGRAM} job --mode check --in_parts External/job012/ [--sample N] [--o job.star]
+
+Write a Class2D job of what was rejected there, for RELION's 2D classification tab."""
+_KINDS = {**MODES, **TEMPLATES}
 _LAST = [item.name for item in fields(Options)]
-_ALSO = {"job": "Write a job.star that fills in RELION's External tab."}
+_ALSO = {"job": "Write a job.star that fills in RELION's External tab, or classifies the rejected."}
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def split_mode(words: Sequence[str]) -> tuple[str | None, list[str]]:
     split = (word.split("=", 1) if word.startswith("--mode=") else [word] for word in words)
     rest = [part for parts in split for part in parts]
     modes = [rest.pop(0)] if rest and not rest[0].startswith("-") else []
-    if modes == ["job"] and rest and rest[0] in MODES:
+    if modes == ["job"] and rest and rest[0] in _KINDS:
         modes.append(rest.pop(0))
     while "--mode" in rest:
         place = rest.index("--mode")
@@ -89,19 +94,22 @@ def parse(words: Sequence[str]) -> Request:
     mode, rest = split_mode(plain)
     template, _, inner = (mode or "").partition(" ")
     if template == "job":
-        if words[0] != "job" or (inner and inner not in JOB_MODES):
+        if words[0] != "job" or (inner and inner not in (*JOB_MODES, *TEMPLATES)):
             raise UsageError(
-                f"{PROGRAM} job writes a job.star for {', '.join(JOB_MODES)}; found {mode!r}."
+                f"{PROGRAM} job writes a job.star for {', '.join((*JOB_MODES, *TEMPLATES))}; found "
+                f"{mode!r}."
             )
         request = _parse_mode(inner or "score", rest)
         return Request("job", request.options, {"mode": [inner or "score"], **request.given})
+    if mode in TEMPLATES:
+        raise UsageError(f"{mode} only writes a job for RELION: {PROGRAM} job --mode {mode} …")
     return _parse_mode(mode or "score", rest)
 
 
 def _parse_mode(mode: str, words: list[str]) -> Request:
-    if mode not in MODES:
+    if mode not in _KINDS:
         raise UsageError(f"There is no mode {mode!r}. {suggestion(mode, [*MODES, *_ALSO], '')}")
-    parser, kind = _parser_of(mode), MODES[mode]
+    parser, kind = _parser_of(mode), _KINDS[mode]
     namespace, unknown = parser.parse_known_args(words)
     _refuse_unknown(mode, unknown)
     given = {name: value for name, value in vars(namespace).items() if value is not None}
@@ -115,7 +123,7 @@ def _parse_mode(mode: str, words: list[str]) -> Request:
 
 
 def _parser_of(mode: str) -> _Parser:
-    kind = MODES[mode]
+    kind = _KINDS[mode]
     parser = _Parser(
         prog=f"{PROGRAM} {mode}",
         usage=f"{PROGRAM} {mode} [options]",
@@ -147,7 +155,7 @@ def _refuse_unknown(mode: str, unknown: list[str]) -> None:
     if not word.startswith("-"):
         raise UsageError(f"Found {' '.join(unknown)!r} where an option (--name) was expected.")
     name = word.lstrip("-").partition("=")[0]
-    known = [item.name for item in fields(MODES[mode])]
+    known = [item.name for item in fields(_KINDS[mode])]
     if name in known:
         raise UsageError(f"Found {word!r}; options begin with two dashes: --{name}.")
     owners = [other for other, kind in MODES.items() if name in {f.name for f in fields(kind)}]

@@ -61,6 +61,9 @@ def _umask() -> int:
 ALL, ACCEPTED, REJECTED = "particles.star", "particles_accepted.star", "particles_rejected.star"
 """The particles with scores and the two subsets, of `score` and `select`."""
 
+RANDOM, SAMPLE = "particles_random.star", "particles_rejected_sample.star"
+"""As many as are accepted, of `select --random`, and a part of the rejected, of `check`."""
+
 SCORES_CSV, FEATURES, BAD_IMAGES = "scores.csv", "features.npy", "bad_images.csv"
 """Of `score`."""
 
@@ -102,8 +105,8 @@ def numbered(name: str, number: int) -> str:
 
 
 _RESULT = re.compile(
-    r"particles(_accepted|_rejected)?(_passthrough\d*)?\.(star|cs|csg)|scores\.(csv|png)|input\.cs"
-    r"|features\.npy|bad_images\.csv|model(_\d+)?\.safetensors"
+    r"particles(_accepted|_rejected|_rejected_sample|_random)?(_passthrough\d*)?\.(star|cs|csg)"
+    r"|scores\.(csv|png)|input\.cs|features\.npy|bad_images\.csv|model(_\d+)?\.safetensors"
     r"|history(_\d+)?\.(csv|png)|checkpoint_last(_\d+)?\.pt|[a-z_]+_(all|fold\d+)_\d+\.pt"
     r"|suspicious_labels(_passthrough\d*)?\.(star|cs|csg)"
     r"|metrics\.json|predictions\.csv|logfile\.pdf|report\.html|RELION_OUTPUT_NODES\.star"
@@ -119,6 +122,9 @@ _KINDS = {
     "metrics": re.compile(rb'\{\n  "data": '),
     "model": re.compile(rb'.{8}\{.{0,2000}"__metadata__":\{"relion_cryofilter":', re.DOTALL),
     "External job": re.compile(rb".*?^_rlnJobType(Label)?\s+(99|relion\.external)\s", re.M | re.S),
+    "2D classification job": re.compile(
+        rb".*?^_rlnJobType(Label)?\s+(8|relion\.class2d)\s", re.M | re.S
+    ),
 }
 """How the results begin that are known by themselves, wherever they are."""
 _HEAD_BYTES = 4096

@@ -257,8 +257,19 @@ class SelectOptions(JobOptions):
 
     threshold: ThresholdRequest | None = option(
         "Accept scores of at least this: 0.6, keep=0.6 (a fraction), count=50000, gmm, 2020 (0.5); "
-        "with --weights also recall=0.95 and precision=0.9.", "threshold",
+        "with --weights also recall=0.95 and precision=0.9. With --add or --random not needed: "
+        "then those are accepted that are in particles_accepted.star beside --in_parts.",
+        "threshold",
     )  # fmt: skip
+    add: tuple[Path, ...] = option(
+        "Accept these particles of --in_parts too, e.g. what a Select job found good among the "
+        "rejected: Select/job015/particles.star.", "paths", (),
+    )  # fmt: skip
+    random: bool = option(
+        "Also write particles_random.star: as many particles as are accepted, drawn from all, for "
+        "an honest comparison.", "flag", False,
+    )  # fmt: skip
+    seed: int = option("Of the draw.", "integer", 0, low=0, high=2**31 - 1)
     weights: Path | None = option("The model that scored, for recall and precision.", "path")
     score_label: str = option("Column of the scores.", "label", SCORE_LABEL)
 
@@ -316,6 +327,21 @@ class DemoOptions(Options):
     j: int | None = option("Threads.", "integer", low=1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(JobOptions):
+    """Classify what was rejected: a Class2D job.star for RELION, by `job --mode check`."""
+
+    sample: int | None = option(
+        "Only so many of the rejected particles, drawn at random; they are written beside them, to "
+        "particles_rejected_sample.star.", "integer", low=1,
+    )  # fmt: skip
+    seed: int = option("Of the draw.", "integer", 0, low=0, high=2**31 - 1)
+    relion: str | None = option(
+        "RELION's version, where the project has no Class2D job; that which made the job of "
+        "--in_parts if not given.", "text", choices=("3.1", "4.0", "5.0"),
+    )  # fmt: skip
+
+
 MODES: Mapping[str, type[Options]] = {
     "score": ScoreOptions,
     "train": TrainOptions,
@@ -325,6 +351,9 @@ MODES: Mapping[str, type[Options]] = {
     "cryosparc": CryosparcOptions,
     "demo": DemoOptions,
 }
+
+TEMPLATES: Mapping[str, type[Options]] = {"check": CheckOptions}
+"""What `job` alone does: jobs of RELION's own."""
 
 JOB_MODES = tuple(name for name, kind in MODES.items() if issubclass(kind, JobOptions))
 RELION_ONLY = {

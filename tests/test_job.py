@@ -375,7 +375,7 @@ def test_the_folder_is_found_in_unparsed_words(words, folder):
 def test_nodes_carry_the_label_of_the_relion_that_asks(tmp_path, job_star_text, version, label):
     if job_star_text:
         (tmp_path / "job.star").write_text(job_star_text)
-    assert nodes.relion_version(tmp_path) == version
+    assert nodes.relion_version(tmp_path / "job.star") == version
     nodes.write_output_nodes(tmp_path, [nodes.Node("E/a.star", "particles")])
     assert f"E/a.star 3 {label}\n" in (tmp_path / "RELION_OUTPUT_NODES.star").read_text()
     nodes.write_output_nodes(tmp_path, [])

@@ -399,6 +399,13 @@ def concatenate(sets: Sequence[ParticleSet]) -> ParticleSet:
     return replace(joined, stacks=paths, has_micrographs=named, unnumbered=unnumbered)
 
 
+def named_in(particles: ParticleSet, others: ParticleSet) -> np.ndarray:
+    """Return which of n particles `others` has too, (n,) bool: the same image of the same stack."""
+    joined = concatenate([particles, others])
+    images = (joined.stack_of.astype(np.int64) << 32) + joined.index
+    return np.isin(images[: len(particles)], images[len(particles) :])
+
+
 def project_root(star_path: Path, stacks: Sequence[str]) -> Path:
     """Return the folder that image paths are relative to, ``Path()`` for the working directory.
 

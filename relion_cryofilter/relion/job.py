@@ -27,7 +27,7 @@ from typing import Any
 from relion_cryofilter.errors import Aborted, CryoFilterError, UsageError, readable
 from relion_cryofilter.files import find_project, is_ours, remove_unfinished
 from relion_cryofilter.locks import FolderInUse, own, release
-from relion_cryofilter.options import JOB_MODES, MODES
+from relion_cryofilter.options import JOB_MODES, MODES, CheckOptions
 from relion_cryofilter.processes import process_number
 from relion_cryofilter.relion.advice import advice_on
 
@@ -273,6 +273,11 @@ def _do(words: list[str], abort_requested: Callable[[], bool]) -> tuple[Any, ...
     if request is None:  # --help, --version
         return ()
     if request.mode == "job":
+        if isinstance(request.options, CheckOptions):
+            from relion_cryofilter.relion.classification import write_check
+
+            write_check(request.options, " ".join(request.given.get("o", [])))
+            return ()
         from relion_cryofilter.relion.templates import write_job_files
 
         write_job_files(request.given)

@@ -37,15 +37,20 @@ class Node:
     kind: str
 
 
-def relion_version(job_folder: Path) -> str:
-    """Tell which RELION started the job, from the job.star it wrote; 5.0 where there is none."""
-    try:
-        text = read_small(job_folder / "job.star")
-    except OSError:
-        return "5.0"
-    if "_rlnJobTypeLabel" not in text:
-        return "3.1"
-    return "4.0" if "# version 30001" in text else "5.0"
+def relion_version(*written: Path) -> str:
+    """Tell which RELION wrote the first of these files that is there; 5.0 where none is.
+
+    A job.star or a pipeline.
+    """
+    for path in written:
+        try:
+            text = read_small(path)
+        except OSError:
+            continue
+        if "TypeLabel" not in text:
+            return "3.1"
+        return "4.0" if "# version 30001" in text else "5.0"
+    return "5.0"
 
 
 def write_output_nodes(job_folder: Path, nodes: Sequence[Node]) -> None:
@@ -57,7 +62,7 @@ def write_output_nodes(job_folder: Path, nodes: Sequence[Node]) -> None:
     if not nodes:
         remove(path)
         return
-    labels = _LABEL[relion_version(job_folder)]
+    labels = _LABEL[relion_version(job_folder / "job.star")]
     lines = ["data_output_nodes", "", "loop_", "_rlnPipeLineNodeName #1",
              "_rlnPipeLineNodeType #2", "_rlnPipeLineNodeTypeLabel #3"]  # fmt: skip
     lines += [f"{node.name} {_INTEGER[node.kind]} {labels[node.kind]}" for node in nodes]

@@ -49,30 +49,33 @@ def write_job_files(given: Mapping[str, list[str]]) -> None:
 
     `given` holds the words of each option of the job, ``mode`` included.
     """
-    text = job_star(given)
-    named = " ".join(given.get("o", []))
-    paths = [Path(named)] if named else [Path(JOB_FILE), Path(GUI_FILE)]
+    source = " ".join(given.get("in_parts", []))
+    if source and not Path(source).is_file():
+        log.warning("--in_parts %s does not exist here (yet).", source)
+    write_job_file(job_star(given), " ".join(given.get("o", [])), GUI_FILE, "External")
+
+
+def write_job_file(text: str, named: str, gui_file: str, tab: str) -> None:
+    """Write a job.star and what fills in a tab of RELION's window, or the one file `named`."""
+    paths = [Path(named)] if named else [Path(JOB_FILE), Path(gui_file)]
     if named.endswith("/") or paths[0].is_dir():
         paths = [paths[0] / JOB_FILE]
     if find_project(Path()) != Path.cwd():
         log.warning("No default_pipeline.star here; run this in the RELION project's folder.")
-    source = " ".join(given.get("in_parts", []))
-    if source and not Path(source).is_file():
-        log.warning("--in_parts %s does not exist here (yet).", source)
     for path in paths:
         if named and any((path.parent / name).exists() for name in _TRACES_OF_JOBS):
             raise UsageError(
                 f"{path.parent} is the folder of a RELION job. Name another file for --o."
             )
-        require_ours(path, "External job")
+        require_ours(path, f"{tab} job")
     for path in paths:
         verb = "Replaced" if path.exists() else "Wrote"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
         log.info("%s %s", verb, path)
     if not named:
-        log.info("Start RELION here: its External tab is filled in (%s).", GUI_FILE)
-        log.info("If its window is open: External, then Jobs > Load job settings.")
+        log.info("Start RELION here: its tab %s is filled in (%s).", tab, gui_file)
+        log.info("If its window is open: %s, then Jobs > Load job settings.", tab)
     log.info("Without a window: relion_pipeliner --addJobFromStar %s", paths[0])
 
 
@@ -97,7 +100,7 @@ def job_star(given: Mapping[str, list[str]]) -> str:
         values[f"param{number}_value"] = value
     rest = [f"--{label} {value}" for label, value in parameters[N_PARAMETERS:]]
     values["other_args"] = " ".join(rest)
-    return _HEAD + "".join(f"{name} {_quoted(value)}\n" for name, value in values.items()) + "\n"
+    return _HEAD + "".join(f"{name} {quoted(value)}\n" for name, value in values.items()) + "\n"
 
 
 def executable() -> str:
@@ -124,7 +127,7 @@ def executable() -> str:
     return " ".join(parts)
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """Return a value as job.star holds it; RELION puts it on a command line that a shell reads."""
     if found := _NOT_QUOTED.search(value):
         raise UsageError(

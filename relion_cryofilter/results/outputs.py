@@ -20,6 +20,7 @@ from relion_cryofilter.files import (
     HISTORY,
     METRICS,
     PREDICTIONS,
+    RANDOM,
     REJECTED,
     SCORE_LABEL,
     SUSPICIOUS,
@@ -63,7 +64,7 @@ def results_folder(*named: Path | None) -> Path:
 def subset_names() -> list[str]:
     """Return the names of all files that `write_subsets` may write."""
     ends = (".star", ".cs", ".csg", "_passthrough.cs")
-    return [Path(name).stem + end for name in (ALL, ACCEPTED, REJECTED) for end in ends]
+    return [Path(name).stem + end for name in (ALL, ACCEPTED, REJECTED, RANDOM) for end in ends]
 
 
 def refuse_to_overwrite(
@@ -90,13 +91,17 @@ def write_subsets(
     accepted: np.ndarray,
     scores: np.ndarray | None = None,
     label: str = SCORE_LABEL,
+    drawn: np.ndarray | None = None,
 ) -> tuple[tuple[Output, ...], dict[str, str]]:
     """Write the accepted and the rejected of n particles, whose rows stay what they are.
 
-    With `scores` (n,) all of them are written too, and the scores are added as the column `label`.
+    With `scores` (n,) all of them are written too, and the scores are added as the column `label`;
+    with `drawn` (n,) True those, as particles_random.star.
     Returns the STAR files, which RELION should know, and what each file holds, for `log_files`.
     """
     subsets = {ACCEPTED: accepted, REJECTED: ~accepted}
+    if drawn is not None:
+        subsets[RANDOM] = drawn
     if scores is not None:
         subsets[ALL] = np.ones_like(accepted)
     filled, holds = {}, {}
