@@ -121,9 +121,8 @@ _KINDS = {
     "predictions": re.compile(rb"image,micrograph,label,score\n"),
     "metrics": re.compile(rb'\{\n  "data": '),
     "model": re.compile(rb'.{8}\{.{0,2000}"__metadata__":\{"relion_cryofilter":', re.DOTALL),
-    "External job": re.compile(rb".*?^_rlnJobType(Label)?\s+(99|relion\.external)\s", re.M | re.S),
-    "2D classification job": re.compile(
-        rb".*?^_rlnJobType(Label)?\s+(8|relion\.class2d)\s", re.M | re.S
+    "job to fill in": re.compile(
+        rb".*?^_rlnJobType(Label)?\s+(99|relion\.external|8|relion\.class2d)\s", re.M | re.S
     ),
 }
 """How the results begin that are known by themselves, wherever they are."""
@@ -196,11 +195,9 @@ def is_ours(folder: Path) -> bool:
 
 def is_of_another_job(folder: Path) -> bool:
     """Tell whether RELION or the ccpem-pipeliner made the folder for a job that is not ours."""
-    if (folder / "run.job").exists():  # RELION 3.0
-        return True
     kind = re.search(r"^_rlnJobType(?:Label)?\s+(\S+)", _text(folder / "job.star"), re.M)
     if kind is None:
-        return False
+        return (folder / "run.job").exists()  # RELION 3.0
     name = kind[1]
     return not (name == "99" or "external" in name or name.startswith("cryofilter."))
 

@@ -159,7 +159,7 @@ class _Work:
         self.held: dict[tuple[str, int], Floats] = {}
         self.trained: tuple[Network, list[Epoch]]
         self.stopped = threading.Event()
-        claim(task.folder / CHECKPOINTS)
+        claim(task.folder / CHECKPOINTS, known=True)
 
     def logits(self, recipe: Recipe, some: Sequence[int]) -> Floats:
         """Return the logits (m,) of the held rows of some folds; nan elsewhere."""

@@ -274,6 +274,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(content) as parts:  # torch itself checks no checksum
         if damaged := parts.testzip():
             raise zipfile.BadZipFile(damaged)
+    content.seek(0)
     state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
     return state
 

@@ -67,7 +67,7 @@ def write_job_file(text: str, named: str, gui_file: str, tab: str) -> None:
             raise UsageError(
                 f"{path.parent} is the folder of a RELION job. Name another file for --o."
             )
-        require_ours(path, f"{tab} job")
+        require_ours(path, "job to fill in")
     for path in paths:
         verb = "Replaced" if path.exists() else "Wrote"
         path.parent.mkdir(parents=True, exist_ok=True)
