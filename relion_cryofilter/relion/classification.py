@@ -77,7 +77,7 @@ def write_check(options: CheckOptions, named: str = "") -> None:
         values["nr_threads"] = str(options.j)
     if last is not None:
         text = _changed(last.read_text(), values)
-        log.info("Settings as in %s; look at the number of classes.", last)
+        log.info("Settings as in %s; look at the number of classes.", last.relative_to(project))
     else:
         values |= _guessed(particles, n)
         written = relion_version(source.with_name("job.star"), project / PIPELINE_FILE)

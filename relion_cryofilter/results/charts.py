@@ -111,18 +111,21 @@ def history_charts(history: Epochs, kept: int) -> list[Chart]:
     return [HISTORY.of(history, kept, note=note)]
 
 
-def set_charts(
-    micrographs: Micrographs,
-    trends: Sequence[Trend] = (),
-    pick_maps: Sequence[PickMap] = (),
-    features: FeatureMap | None = None,
-) -> list[Chart]:
+def set_charts(micrographs: Micrographs, trends: Sequence[Trend] = ()) -> list[Chart]:
     """Return charts of what is known of the particles; a single micrograph makes none."""
     charts = [MICROGRAPHS.of(micrographs)] if len(micrographs.names) > 1 else []
     for trend in trends:
         quantity = _quantity(trend)
         name = f"acceptance_{quantity.replace(' ', '_')}"
         charts.append(TREND.of(trend, name=name, title=f"Acceptance against {quantity}"))
+    return charts
+
+
+def feature_charts(
+    pick_maps: Sequence[PickMap] = (), features: FeatureMap | None = None
+) -> list[Chart]:
+    """Return charts of single micrographs, and of the network's features."""
+    charts = []
     for number, picks in enumerate(pick_maps, 1):
         charts.append(PICKS.of(picks, name=f"picks_{number}", title=f"Picks on {picks.name}"))
     if features is not None:

@@ -22,16 +22,20 @@ from relion_cryofilter.images.thumbnails import LOW_PASS_ANGSTROM, read_thumbnai
 from relion_cryofilter.kinds import gpu_numbers
 from relion_cryofilter.nn.home import FAR
 from relion_cryofilter.nn.measurement import Measured
-from relion_cryofilter.nn.model import Models
+from relion_cryofilter.nn.model import SIMULATED, Models
 from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.nn.training import Trained
 from relion_cryofilter.options import JobOptions, MetricsOptions, ScoreOptions, TrainOptions
 from relion_cryofilter.particles.particles import ParticleSet
+from relion_cryofilter.particles.splits import clusters_of
+from relion_cryofilter.particles.star import CLASS_NUMBER
 from relion_cryofilter.processes import versions
 from relion_cryofilter.progress import counted, duration
-from relion_cryofilter.results import charts, summaries
+from relion_cryofilter.results import charts, loss_charts, summaries
+from relion_cryofilter.results.averages import averages_of
 from relion_cryofilter.results.report_files import Pictures, Report
-from relion_cryofilter.thresholds import Chosen
+from relion_cryofilter.results.views import Views, views_of
+from relion_cryofilter.thresholds import CURVE, Chosen, share_interval
 
 GALLERY, MOST_SOURCES = 24, 3
 SPREAD, SHOW_ALL = 160, 250
@@ -45,7 +49,11 @@ Facts = list[tuple[str, str]]
 def score_report(
     options: ScoreOptions, particles: ParticleSet, models: Models, scores: Scores, chosen: Chosen
 ) -> Report:
-    """Collect the report of `score`, whose files are in ``--o``."""
+    """Collect the report of `score`, whose files are in ``--o``.
+
+    In order: counts; the threshold and what it keeps; averages of the rejected; kept shares by
+    class, micrograph, defocus and view; good particles lost; the rest.
+    """
     values, accepted, bad = chosen.values, chosen.accepted, scores.bad
 
     # The scores, and pictures on both sides of the threshold.
@@ -53,10 +61,13 @@ def score_report(
     histogram = summaries.histogram_of(values, chosen.threshold, int(accepted.sum()))
     usable = np.setdiff1d(np.arange(len(particles)), bad.rows)
     pictures, galleries = pictures_of(particles, chosen, usable, options.threads)
+    averages = averages_of(particles, models.members[0], chosen, usable, options.threads)
 
     # What the particle table says besides.
+    classes = _classes(particles, accepted)
     micrographs = summaries.micrographs_of(particles.micrographs, particles.micrograph_of, accepted)
     trends, unknown = summaries.trends(particles, accepted)
+    views = views_of(particles, accepted)
     pick_maps, features = summaries.pick_maps(particles, accepted), _features(scores, values)
 
     # In words.
@@ -83,24 +94,67 @@ def score_report(
         histogram=histogram,
         charts=[
             *charts.score_charts(histogram, cuts),
-            *charts.set_charts(micrographs, trends, pick_maps, features),
+            *map(loss_charts.average_chart, averages),
+            *([loss_charts.CLASSES.of(classes)] if classes else []),
+            *charts.set_charts(micrographs, trends),
+            *([loss_charts.VIEWS.of(views)] if views else []),
         ],
+        further=charts.feature_charts(pick_maps, features),
         pictures=pictures,
         galleries=galleries,
-        notes=[*_score_notes(options, particles, scores, chosen), *unknown],
-        sections=micrographs.in_words(),
+        notes=[*_score_notes(options, particles, scores, chosen, views), *unknown],
+        sections=[
+            ("Good particles lost", list(_lost(particles, models, chosen))),
+            *([("Classes", classes.table())] if classes else []),
+            *micrographs.in_words(),
+            *([("Views that keep less", views.in_words())] if views and views.cones else []),
+        ],
         command=command,
     )
 
 
+def _classes(particles: ParticleSet, accepted: NDArray[np.bool_]) -> summaries.Classes | None:
+    """Return the kept share of each class, where the input has classes."""
+    table = particles.table
+    if table is None or not {CLASS_NUMBER, "alignments2D/class"} & set(table.labels):
+        return None
+    return summaries.classes_of(table.classes(), accepted)
+
+
+def _lost(particles: ParticleSet, models: Models, chosen: Chosen) -> Iterator[str]:
+    """Say how many good particles are rejected, by the scores and by the model's validation."""
+    first = models.members[0]
+    clusters, unit = clusters_of(particles)
+    lost = summaries.good_lost(chosen.values, chosen.accepted, clusters)
+    if lost is not None:
+        yield (
+            f"{lost} By the scores, taken as probabilities; an interval is over {unit}s, and knows "
+            "nothing of a model that errs on this set."
+        )
+    if len(models) == 1 and CURVE in first.provenance and first.curve.n_positive:
+        kept = share_interval(first.curve.recall_at(chosen.threshold), first.curve.n_positive)
+        simulated = " simulated" if SIMULATED in first.provenance else ""
+        yield (
+            f"Of the{simulated} good particles that the model was measured on, unseen in training, "
+            f"this threshold loses {100 * (1 - kept.value):.1f} % [{100 * (1 - kept.high):.1f}, "
+            f"{100 * (1 - kept.low):.1f}]."
+        )
+
+
 def _score_notes(
-    options: ScoreOptions, particles: ParticleSet, scores: Scores, chosen: Chosen
+    options: ScoreOptions,
+    particles: ParticleSet,
+    scores: Scores,
+    chosen: Chosen,
+    views: Views | None,
 ) -> Iterator[str]:
     if scores.outside > FAR:
         yield (
             f"Features lie outside those of the model's training for {scores.outside:.0%} of the "
             "particles: scores may mean nothing."
         )
+    if views is not None and views.cones:
+        yield views.warning()
     if not options.weights:
         yield (
             "The bundled model knows simulated particles only: look at both sides of the cut "
@@ -174,6 +228,13 @@ def _labelled_report(
     micrographs = summaries.micrographs_of(
         particles.micrographs, particles.micrograph_of, chosen.accepted
     )
+    origin, recall = measured.labelled.origin, evaluation.sensitivity
+    classes = summaries.classes_of(origin.classes, chosen.accepted) if origin else None
+    lost = (
+        f"{int((labels & ~chosen.accepted).sum()):,} of the {good:,} labelled good particles are "
+        f"rejected: {100 * (1 - recall.value):.1f} % [{100 * (1 - recall.high):.1f}, "
+        f"{100 * (1 - recall.low):.1f}]."
+    )
     everyone = np.arange(len(labels))
     pictures, galleries = pictures_of(
         particles, chosen, everyone, options.threads, labels, measured.doubted
@@ -198,13 +259,15 @@ def _labelled_report(
         charts=[
             *charts.score_charts(histogram, cuts),
             *charts.evaluation_charts(curves(labels, chosen.values), evaluation),
-            *own_charts,
-            *charts.set_charts(micrographs, features=features),
+            *([loss_charts.CLASSES.of(classes)] if classes else []),
+            *charts.set_charts(micrographs),
         ],
+        further=[*own_charts, *charts.feature_charts(features=features)],
         pictures=pictures,
         galleries=galleries,
         sections=[
             ("Figures", evaluation.summary().splitlines()),
+            ("Good particles lost", [lost]),
             *(section for section in sections if section[1]),
             *micrographs.in_words(),
         ],

@@ -49,7 +49,7 @@ NO_PICTURE = "none"
 REPORT_BYTES, BYTES_A_CORE = 0.6e9, 50e6  # address space of its libraries, and of their threads
 
 # Of report.html: its sprite, the pictures on either side of the slider's cut, its charts.
-SPRITE_COLUMNS, NEAREST, DOTS_PER_INCH, COLOURS = 20, 16, 110, 64
+SPRITE_COLUMNS, NEAREST, DOTS_PER_INCH, COLOURS = 20, 16, 110, 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +74,9 @@ class Report:
         Names and texts: inputs, models, options, counts, times, versions.
     cuts, histogram
         Of the scores, for the slider.
-    charts
-        In order; those that move with the slider are on the first page.
+    charts, further
+        In order; those that move with the slider are on the first page, the `further` ones after
+        words and galleries.
     pictures, galleries
         The pictures, and by the title of each gallery the numbers of those in it.
     notes
@@ -93,6 +94,7 @@ class Report:
     charts: Sequence[Chart]
     pictures: Pictures
     galleries: Mapping[str, Sequence[int]]
+    further: Sequence[Chart] = ()
     notes: Sequence[str] = ()
     sections: Sequence[tuple[str, Sequence[str]]] = ()
     command: str = ""
@@ -116,9 +118,9 @@ def write_report(folder: Path, collect: Callable[[], Report]) -> tuple[Output, .
     try:
         need_memory(REPORT_BYTES + available_cores() * BYTES_A_CORE, "the report")
         report = collect()
-        pages = chart_pages(report.charts)
-        write_pdf(folder / LOGFILE, report, pages)
-        write_html(folder / REPORT, report, pages)
+        pages, further = chart_pages(report.charts), chart_pages(report.further)
+        write_pdf(folder / LOGFILE, report, pages, further)
+        write_html(folder / REPORT, report, pages, further)
     except Exception as error:  # whatever it is, the results are there and must stay a success
         for name in (LOGFILE, REPORT):
             remove(folder / name)
@@ -155,8 +157,10 @@ def chart_pages(charts: Sequence[Chart]) -> list[ChartPage]:
     return pages
 
 
-def write_pdf(path: Path, report: Report, pages: Sequence[ChartPage]) -> None:
-    """Write the report as PDF, complete or not at all; `pages`: charts that stay."""
+def write_pdf(
+    path: Path, report: Report, pages: Sequence[ChartPage], further: Sequence[ChartPage] = ()
+) -> None:
+    """Write the report as PDF, complete or not at all; the pages: charts that stay."""
     from matplotlib.backends.backend_pdf import PdfPages
     from matplotlib.transforms import Bbox
 
@@ -181,6 +185,7 @@ def write_pdf(path: Path, report: Report, pages: Sequence[ChartPage]) -> None:
     moving = [chart for chart in report.charts if chart.moves]
     for axes, chart in zip(np.ravel(right.subplots(len(moving), 1)), moving):
         chart.draw(axes)
+    figures += [page.figure for page in pages]
 
     # Words.
     lines: list[tuple[str, dict[str, Any]]] = []
@@ -219,9 +224,9 @@ def write_pdf(path: Path, report: Report, pages: Sequence[ChartPage]) -> None:
                 axes.text(x, y, f"{pictures.scores[member]:.4f}", ha="center", va="top",
                           fontsize=6.5, in_layout=False)  # fmt: skip
 
-    # All that, and the charts.
+    # All that, and the other charts.
     with replacing(path) as file, PdfPages(file, metadata={"Title": clean(report.title)}) as pdf:
-        for figure in [*figures, *(page.figure for page in pages)]:
+        for figure in [*figures, *(page.figure for page in further)]:
             width, height = figure.get_size_inches() + MARGIN_INCH
             margins = Bbox.from_extents(-MARGIN_INCH, -MARGIN_INCH, width, height)
             pdf.savefig(figure, bbox_inches=margins)
@@ -237,30 +242,17 @@ def _page(title: str) -> Figure:
     return figure
 
 
-def write_html(path: Path, report: Report, pages: Sequence[ChartPage]) -> None:
-    """Write the report as one HTML file, complete or not at all; `pages`: charts that stay."""
+def write_html(
+    path: Path, report: Report, pages: Sequence[ChartPage], further: Sequence[ChartPage] = ()
+) -> None:
+    """Write the report as one HTML file, complete or not at all; the pages: charts that stay."""
     from PIL import Image
-
-    # Charts, under a title for each group.
-    charts, group = "", ""
-    for page in pages:
-        title = "" if page.group == group else f"<h2>{_escaped(page.group)}</h2>"
-        group = page.group
-        names = _escaped("; ".join(chart.title for chart in page.charts))
-        notes = _escaped(" ".join(dict.fromkeys(chart.note for chart in page.charts)))
-        file = io.BytesIO()
-        page.figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
-        source = _data_uri(Image.open(file).convert("RGB").quantize(COLOURS))
-        charts += (
-            f'<section>{title}<figure><img alt="{names}" src="{source}">'
-            f"<figcaption>{notes}</figcaption></figure></section>"
-        )
 
     # Words: columns of figures as they are, other lines as lists.
     texts = ""
     for title, lines in report.sections:
         body = "<ul>" + "".join(f"<li>{_escaped(line)}</li>" for line in lines) + "</ul>"
-        if title == "Figures":
+        if title in ("Figures", "Classes"):
             body = "<pre>" + "\n".join(map(_escaped, lines)) + "</pre>"
         texts += f"<section><h2>{_escaped(title)}</h2>{body}</section>"
 
@@ -291,11 +283,32 @@ def write_html(path: Path, report: Report, pages: Sequence[ChartPage]) -> None:
         facts="".join(f"<dt>{_escaped(k)}</dt><dd>{_escaped(v)}</dd>" for k, v in report.facts),
         notes="".join(f"<li>{_escaped(note)}</li>" for note in report.notes),
         texts=texts,
-        charts=charts,
+        charts=_sections_of(pages),
+        further=_sections_of(further),
         sprite=_data_uri(Image.fromarray(sprite(pictures.images, SPRITE_COLUMNS))),
         data=json.dumps(data).replace("<", "\\u003c"),
     )
     write_text(path, text)
+
+
+def _sections_of(pages: Sequence[ChartPage]) -> str:
+    """Return charts as HTML, under a title for each group."""
+    from PIL import Image
+
+    charts, group = "", ""
+    for page in pages:
+        title = "" if page.group == group else f"<h2>{_escaped(page.group)}</h2>"
+        group = page.group
+        names = _escaped("; ".join(chart.title for chart in page.charts))
+        notes = _escaped(" ".join(dict.fromkeys(chart.note for chart in page.charts)))
+        file = io.BytesIO()
+        page.figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
+        source = _data_uri(Image.open(file).convert("RGB").quantize(COLOURS))
+        charts += (
+            f'<section>{title}<figure><img alt="{names}" src="{source}">'
+            f"<figcaption>{notes}</figcaption></figure></section>"
+        )
+    return charts
 
 
 def _escaped(text: str) -> str:

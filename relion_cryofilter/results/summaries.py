@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from relion_cryofilter.particles.star import (
     CTF_MAX_RESOLUTION,
     DEFOCUS,
 )
-from relion_cryofilter.thresholds import share_interval
+from relion_cryofilter.thresholds import Interval, share_interval
 
 if TYPE_CHECKING:
     from relion_cryofilter.particles.particles import ParticleSet
@@ -28,6 +29,7 @@ Mask = NDArray[np.bool_]
 QUANTILE_CUTS, EVEN_CUTS = 800, 200
 BINS, DENSITY_BINS = 12, 40
 FEWEST_MICROGRAPHS, MAPS_A_SIDE = 4, 2
+RESAMPLES, MOST_RESAMPLED = 200, 10_000  # draws for an interval, and clusters that are drawn
 
 
 @dataclass(frozen=True, eq=False)
@@ -279,3 +281,79 @@ def feature_map(features: Numbers, scores: Floats, n: int) -> FeatureMap | None:
     xy = pca.fit_transform(rows)
     first, second = pca.explained_variance_ratio_.tolist()
     return FeatureMap(xy, scores[usable], (first, second), n)
+
+
+@dataclass(frozen=True, eq=False)
+class Classes:
+    """How many particles of each of c classes are kept."""
+
+    numbers: Counts  # (c,) rising
+    total: Counts  # (c,)
+    accepted: Counts  # (c,)
+
+    def table(self) -> list[str]:
+        """Return the classes as lines under a head."""
+        rows = zip(self.numbers.tolist(), self.total.tolist(), self.accepted.tolist())
+        head = f"{'class':>5} {'particles':>10} {'kept':>10} {'share':>7}"
+        lines = [f"{c:>5} {n:>10,} {kept:>10,} {100 * kept / n:>5.1f} %" for c, n, kept in rows]
+        return [head, *lines]
+
+
+def classes_of(numbers: NDArray[np.integer[Any]], accepted: Mask) -> Classes | None:
+    """Count n particles by their class (n,); None where all are of one class."""
+    found, of = np.unique(numbers, return_inverse=True)
+    if len(found) < 2:
+        return None
+    of = of.reshape(-1)
+    kept = np.bincount(of[accepted], minlength=len(found))
+    return Classes(found.astype(np.int64), np.bincount(of), kept)
+
+
+@dataclass(frozen=True)
+class GoodLost:
+    """How many good particles are among the rejected, by the scores; with 95 % intervals."""
+
+    number: Interval
+    share: Interval  # of the good ones
+
+    def __str__(self) -> str:
+        """Return the estimate as a sentence."""
+        number, share = (
+            f"{scale * value:,.{digits}f}{unit}"
+            + ("" if isnan(low) else f" [{scale * low:,.{digits}f}, {scale * high:,.{digits}f}]")
+            for (value, low, high), scale, digits, unit in (
+                (self.number, 1, 0, ""),
+                (self.share, 100, 1, " %"),
+            )
+        )
+        return f"About {number} good particles are among the rejected: {share} of the good ones."
+
+
+def good_lost(
+    scores: Floats, accepted: Mask, clusters: NDArray[np.integer[Any]], seed: int = 0
+) -> GoodLost | None:
+    """Estimate how many good particles are rejected: the sum of their scores (n,).
+
+    A score is the probability that a particle is good, as far as the model is calibrated. The
+    intervals draw whole clusters (n,), see `splits.clusters_of`; there are none (NaN) with one
+    cluster. None where less than one particle is expected to be good.
+    """
+    together = clusters % MOST_RESAMPLED  # of very many some are drawn together
+    good = np.bincount(together, scores)
+    if good.sum() < 1:
+        return None
+    lost = np.bincount(together, np.where(accepted, 0, scores), minlength=len(good))
+    held = np.flatnonzero(np.bincount(together))
+    good, lost = good[held], lost[held]
+    rng, drawn = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES):
+        times = np.bincount(rng.integers(len(good), size=len(good)), minlength=len(good))
+        drawn.append((times @ lost, times @ lost / max(float(times @ good), 1e-12)))
+    low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
+    if len(good) < 2:
+        low, high = np.full((2, 2), np.nan)
+    total = float(lost.sum())
+    return GoodLost(
+        Interval(total, float(low[0]), float(high[0])),
+        Interval(total / float(good.sum()), float(low[1]), float(high[1])),
+    )

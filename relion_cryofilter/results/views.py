@@ -1,0 +1,144 @@
+"""Kept shares over the sphere of viewing directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from relion_cryofilter.particles.particles import ParticleSet
+
+ANGLES = ("rlnAngleRot", "rlnAngleTilt")
+CONES, HALF_ANGLE_DEGREES = 200, 15.0
+CELLS, PARTICLES_A_CELL = (6, 12), 20  # bands from pole to pole, the more where particles suffice
+SIGNIFICANT, FAR_LESS = 0.01, 0.9
+"""Corrected probability of a chance find, and how much of the others' share is still all right."""
+
+Floats = NDArray[np.float64]
+Counts = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Cone:
+    """The particles whose views are within `HALF_ANGLE_DEGREES` of a direction."""
+
+    rot_degrees: float
+    tilt_degrees: float
+    n: int
+    share: float  # kept
+    others: float  # kept of all other particles
+    p: float  # of so few by chance, corrected for the number of cones
+
+    def __str__(self) -> str:
+        """Return the cone as a line of a list."""
+        return (
+            f"rot {self.rot_degrees:.0f}°, tilt {self.tilt_degrees:.0f}°: "
+            f"{100 * self.share:.0f} % of {self.n:,} particles kept, elsewhere "
+            f"{100 * self.others:.0f} % (p = {self.p:.1g})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """Particles and kept ones by viewing direction.
+
+    Attributes
+    ----------
+    rot_edges, height_edges
+        (r + 1,) degrees and (h + 1,) cosines of the tilt: cells of one area.
+    total, kept
+        (r, h) particles in each cell.
+    cones
+        Those that keep significantly less than the rest, the least first; overlapping ones once.
+    """
+
+    rot_edges: Floats
+    height_edges: Floats
+    total: Counts
+    kept: Counts
+    cones: tuple[Cone, ...]
+
+    def in_words(self) -> list[str]:
+        """Return a line for each cone."""
+        return list(map(str, self.cones))
+
+    def warning(self) -> str:
+        """Return what is wrong with the views, "" if nothing is."""
+        if not self.cones:
+            return ""
+        return (
+            "Fewer particles of some views are kept than of the others, so the map may lose them: "
+            f"{self.cones[0]}."
+        )
+
+
+def directions(rot_degrees: NDArray[Any], tilt_degrees: NDArray[Any]) -> Floats:
+    """Return the viewing directions (n, 3) of RELION's angles (n,).
+
+    The third row of RELION's rotation matrix, ``Euler_angles2direction`` of src/euler.cpp, the
+    same in 3.1, 4 and 5: a point of the map in this direction is projected onto the middle.
+    """
+    rot, tilt = (np.deg2rad(np.asarray(a, np.float64)) for a in (rot_degrees, tilt_degrees))
+    return np.stack([np.cos(rot) * np.sin(tilt), np.sin(rot) * np.sin(tilt), np.cos(tilt)], axis=1)
+
+
+def views_of(particles: ParticleSet, accepted: NDArray[np.bool_]) -> Views | None:
+    """Count n particles, and the accepted (n,), by their views; None where there are no poses.
+
+    Where all views are one, as after 2D classification, there are none either.
+    """
+    table = particles.table.numbers(ANGLES) if particles.table is not None else {}
+    if not all(label in table for label in ANGLES):
+        return None
+    rot, tilt = (table[label].astype(np.float64) for label in ANGLES)
+    known = np.isfinite(rot) & np.isfinite(tilt)
+    if not known.any() or np.ptp(tilt[known]) == 0 == np.ptp(rot[known]):
+        return None
+    seen, kept = directions(rot[known], tilt[known]), accepted[known]
+    bands = max(CELLS) if len(kept) >= PARTICLES_A_CELL * 2 * max(CELLS) ** 2 else min(CELLS)
+    edges = np.linspace(-180, 180, 2 * bands + 1), np.linspace(-1, 1, bands + 1)
+    azimuth = np.rad2deg(np.arctan2(seen[:, 1], seen[:, 0]))
+    total, good = (
+        np.histogram2d(azimuth[rows], np.clip(seen[rows, 2], -1, 1), edges)[0].astype(np.int64)
+        for rows in (np.ones_like(kept), kept)
+    )
+    return Views(*edges, total, good, _poor_cones(seen, kept))
+
+
+def _poor_cones(seen: Floats, kept: NDArray[np.bool_]) -> tuple[Cone, ...]:
+    """Return the cones about directions (n, 3) that keep significantly less than the rest."""
+    from scipy.stats import binom  # slow to import
+
+    # Centres in a spiral, evenly spread.
+    k = np.arange(CONES) + 0.5
+    height, azimuth = 1 - 2 * k / CONES, np.pi * (1 + np.sqrt(5)) * k
+    flat = np.sqrt(1 - height**2)
+    centres = np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), height], axis=1)
+    within = np.cos(np.deg2rad(HALF_ANGLE_DEGREES))
+    # What each holds, in parts that fit into memory.
+    n, good = np.zeros(CONES, np.int64), np.zeros(CONES, np.int64)
+    for start in range(0, len(seen), 100_000):
+        part = slice(start, start + 100_000)
+        inside = seen[part].astype(np.float32) @ centres.T.astype(np.float32) >= within
+        n += inside.sum(axis=0)
+        good += inside[kept[part]].sum(axis=0)
+    rest, all_good = len(seen) - n, int(kept.sum())
+    share, others = good / np.maximum(n, 1), (all_good - good) / np.maximum(rest, 1)
+    chance = np.minimum(1, CONES * binom.cdf(good, n, others))
+    poor = (n > 0) & (rest > 0) & (chance < SIGNIFICANT) & (share < FAR_LESS * others)
+    # Of cones that overlap, the one that is least by chance.
+    found: list[int] = []
+    apart = np.cos(np.deg2rad(2 * HALF_ANGLE_DEGREES))
+    for number in sorted(np.flatnonzero(poor).tolist(), key=lambda c: (chance[c], share[c])):
+        if all(centres[number] @ centres[other] < apart for other in found):
+            found.append(number)
+    return tuple(
+        Cone(
+            float(np.rad2deg(np.arctan2(centres[c, 1], centres[c, 0]))),
+            float(np.rad2deg(np.arccos(centres[c, 2]))),
+            int(n[c]), float(share[c]), float(others[c]), float(chance[c]),
+        )
+        for c in sorted(found, key=lambda c: share[c])
+    )  # fmt: skip
