@@ -8,10 +8,12 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import pytest
-from making import JOB, run_to_end, score_project, write_project
+from making import JOB, particles_of, run_to_end, score_project, write_cs, write_project
 from matplotlib.figure import Figure
 
 from relion_cryofilter.particles.particles import read_particles
+from relion_cryofilter.particles.tables import read_particle_file
+from relion_cryofilter.relion import job
 from relion_cryofilter.results.loss_charts import CLASSES, VIEWS
 from relion_cryofilter.results.summaries import classes_of, good_lost
 from relion_cryofilter.results.views import directions, views_of
@@ -23,6 +25,10 @@ def posed(path, rot, tilt):
     labels = "_rlnImageName #1\n_rlnAngleRot #2\n_rlnAngleTilt #3\n"
     path.write_text(f"data_particles\n\nloop_\n{labels}{rows}\n")
     return read_particles(path)
+
+
+def rows_of_cs(name):
+    return len(read_particle_file(Path(name)))
 
 
 def random_angles(n, seed=0):
@@ -99,6 +105,16 @@ def test_classes_are_counted():
     CLASSES.of(classes).draw(axes := Figure().subplots())
     assert [bar.get_height() for bar in axes.patches] == pytest.approx([0, 200 / 3, 100])
     assert classes_of(np.ones(4, int), accepted[:4]) is None
+
+
+def test_classes_of_a_cs_file_are_in_the_report_and_what_is_found_good_comes_back(project):
+    fields = particles_of(Path("Extract/job001/particles.star"))
+    write_cs(Path("all.cs"), fields)
+    score_project("--threshold keep=0.5", source="--in_parts all.cs")
+    assert "Acceptance by class" in Path(JOB, "report.html").read_text()
+    words = f"select --in_parts {JOB}particles.cs --add {JOB}particles_rejected.cs --random --o T/"
+    assert job.main(words.split()) == 0
+    assert rows_of_cs("T/particles_accepted.cs") == rows_of_cs("T/particles_random.cs") == 48
 
 
 def test_the_good_that_are_lost_are_what_their_scores_say():
