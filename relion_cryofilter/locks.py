@@ -106,7 +106,11 @@ class _Lock:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
 
     def _open(self) -> tuple[int, bool]:
-        """Open the file that is at the path once it is locked, and tell if it could be locked."""
+        """Open the file that is at the path once it is locked, and tell if it could be locked.
+
+        Where the owner is dead, its child that did the work, and holds the lock too, is dying.
+        """
+        end = time.monotonic() + PATIENCE_S
         while True:
             if self.path.is_symlink():
                 self.path.unlink(missing_ok=True)
@@ -120,9 +124,12 @@ class _Lock:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                error = self._in_use(_read(descriptor))
+                owner = _read(descriptor)
                 os.close(descriptor)
-                raise error from None
+                if _is_dead(owner) and time.monotonic() < end:
+                    time.sleep(0.02)
+                    continue
+                raise self._in_use(owner) from None
             except OSError as error:
                 locked = False
                 if error.errno not in _UNSUPPORTED:
@@ -142,8 +149,7 @@ class _Lock:
         if not owner.get("host") or owner == me:
             return
         if (owner.get("host"), owner.get("boot")) == (me["host"], me["boot"]):
-            # A killed process that others have not yet waited for is dead, too.
-            if owner.get("start") and owner.get("start") == _start_of(owner.get("pid")):
+            if not _is_dead(owner):
                 raise self._in_use(owner)
             return
         log.warning(
@@ -183,6 +189,13 @@ class _Lock:
 def _myself() -> dict[str, Any]:
     pid = os.getpid()
     return {"host": socket.gethostname(), "boot": _boot(), "pid": pid, "start": _start_of(pid)}
+
+
+def _is_dead(owner: dict[str, Any]) -> bool:
+    """Tell whether a process of this machine has ended; one that is not yet waited for has."""
+    if (owner.get("host"), owner.get("boot")) != (socket.gethostname(), _boot()):
+        return False
+    return not owner.get("start") or owner.get("start") != _start_of(owner.get("pid"))
 
 
 def _boot() -> str:

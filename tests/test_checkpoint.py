@@ -187,10 +187,17 @@ def test_a_failed_save_leaves_the_old_model_alone(tmp_path: Path, monkeypatch) -
     assert (tmp_path / "model").read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"", b"data_particles\n", b"PK\x03\x04" + bytes(100)])
-def test_a_file_of_another_kind_is_no_model(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is not a whole safetensors file"),
+        (b"data_particles\n", "expected a model, but this is a STAR file"),
+        (b"PK\x03\x04" + bytes(100), "expected a model, but this is a zip archive"),
+    ],
+)
+def test_a_file_of_another_kind_is_no_model(tmp_path: Path, content: bytes, said: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CryoFilterError, match="is not a whole safetensors file"):
+    with pytest.raises(CryoFilterError, match=said):
         load_model(tmp_path / "model.safetensors")
 
 
