@@ -21,6 +21,7 @@ from relion_cryofilter.relion import job
 JOB = making.JOB
 HEAD = f"""
 import ctypes, os, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, ignores it
 sys.path.insert(0, {str(ROOT)!r})
 from relion_cryofilter import commands
 from relion_cryofilter.relion import job
