@@ -26,7 +26,7 @@ from relion_cryofilter.images.preprocess import turn
 from relion_cryofilter.images.small_images import SmallImages
 from relion_cryofilter.nn.networks import CPU, Network
 from relion_cryofilter.nn.recipes import Recipe
-from relion_cryofilter.nn.trainer import CHUNK, FINAL_RATE, Epoch, read_checkpoint
+from relion_cryofilter.nn.trainer import CHUNK, FINAL_RATE, Epoch, take_over
 
 NOISE_POOL, MOST_SPECTRA = 256, 512
 UNKNOWN = float("nan")
@@ -186,24 +186,21 @@ class Fit:
 
     def _resume(self, network: Network, optimiser: torch.optim.Optimizer) -> list[Epoch]:
         """Take over what the checkpoint holds; return its history."""
-        if not self.checkpoint.is_file():
-            return []
         name, fresh = self.checkpoint, copy.deepcopy(optimiser.state_dict())
-        try:
-            state = read_checkpoint(name)
-            if state["identity"] != dict(self.identity):
-                other = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
-                said = "%s is of another training; starting anew (other: %s)."
-                log.warning(said, name, ", ".join(other))
-                return []
-            history = [Epoch(**line) for line in state["history"]]
+        history: list[Epoch] = []
+
+        def take(state: dict[str, Any]) -> None:
+            lines = [Epoch(**line) for line in state["history"]]
             network.load_state_dict(state["network"])
             if state["optimiser"] is not None:
                 optimiser.load_state_dict(state["optimiser"])
-        except Exception as error:  # torch raises many kinds for a damaged file
+            history.extend(lines)
+
+        def undo() -> None:
             network.load_state_dict(self.start.state_dict())
             optimiser.load_state_dict(fresh)
-            log.warning("%s can't be read (%s); starting anew.", name, type(error).__name__)
+
+        if not take_over(name, self.identity, take, undo):
             return []
         done = len(history) * self.round_steps >= self.steps
         finished = "; it is finished" if done else ""

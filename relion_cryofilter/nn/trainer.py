@@ -235,25 +235,18 @@ class Trainer:
         return float(loss), float(right), float(auc)
 
     def _resume(self) -> None:
-        if not self.checkpoint.is_file():
-            return
-        try:
-            state = read_checkpoint(self.checkpoint)
-            if state["identity"] != self.identity:
-                other = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
-                said = "%s is of another training; starting anew (other: %s)."
-                log.warning(said, self.checkpoint, ", ".join(other))
-                return
+        def take(state: dict[str, Any]) -> None:
             history = [Epoch(**epoch) for epoch in state["history"]]
             self.network.load_state_dict(state["best"])
             self.network.load_state_dict(state["network"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.best_state, self.history = state["best"], history
-        except Exception as error:  # torch raises many kinds for a damaged file
+
+        def undo() -> None:
             self.network.load_state_dict(self.best_state)
             self.optimiser = self._new_optimiser()
-            found = type(error).__name__
-            log.warning("%s can't be read (%s); starting anew.", self.checkpoint, found)
+
+        if not take_over(self.checkpoint, self.identity, take, undo):
             return
         done = "; training is finished" if self._finished() else ""
         log.info("Resuming from %s after epoch %d%s.", self.checkpoint, len(self.history), done)
@@ -268,15 +261,36 @@ def refuse_diverged(logits: Tensor, learning_rate: float) -> None:
         )
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what a checkpoint holds; raise whatever zipfile or torch does for a damaged one."""
-    content = io.BytesIO(path.read_bytes())
-    with zipfile.ZipFile(content) as parts:  # torch itself checks no checksum
-        if damaged := parts.testzip():
-            raise zipfile.BadZipFile(damaged)
-    content.seek(0)
-    state: dict[str, Any] = torch.load(content, map_location="cpu", weights_only=True)
-    return state
+def take_over(
+    path: Path,
+    identity: Mapping[str, Any],
+    take: Callable[[dict[str, Any]], None],
+    undo: Callable[[], None],
+) -> bool:
+    """Give `take` what a checkpoint holds, if there is one of this training; tell if it was.
+
+    `undo` puts back what `take` had changed before it met something damaged.
+    """
+    if not path.is_file():
+        return False
+    try:
+        content = io.BytesIO(path.read_bytes())
+        with zipfile.ZipFile(content) as parts:  # torch itself checks no checksum
+            if damaged := parts.testzip():
+                raise zipfile.BadZipFile(damaged)
+        content.seek(0)
+        state = torch.load(content, map_location="cpu", weights_only=True)
+        if state["identity"] != dict(identity):
+            other = [k for k, v in identity.items() if state["identity"].get(k) != v]
+            said = "%s is of another training; starting anew (other: %s)."
+            log.warning(said, path, ", ".join(other))
+            return False
+        take(state)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        undo()
+        log.warning("%s can't be read (%s); starting anew.", path, type(error).__name__)
+        return False
+    return True
 
 
 def predict(network: Network, images: SmallImages, rows: np.ndarray) -> Tensor:
