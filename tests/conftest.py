@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,6 +58,18 @@ def no_process_stays(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if folder is not None:
         making.end_processes_in(folder)
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """Take back what `cli.main`, run within a test, sets for its whole process."""
+    log = logging.getLogger("relion_cryofilter")
+    before = (list(log.handlers), log.propagate, log.level)
+    shown, raised = warnings.showwarning, logging.raiseExceptions
+    yield
+    log.handlers, log.propagate, level = before
+    log.setLevel(level)
+    warnings.showwarning, logging.raiseExceptions = shown, raised
 
 
 @pytest.fixture

@@ -108,6 +108,21 @@ def test_a_job_that_spins_in_a_library_is_ended_after_a_while(folder):
     assert "Ended by SIGTERM" in err
 
 
+def test_a_queue_that_signals_all_processes_is_told_once_though_threads_end_late(folder):
+    work = "import atexit; atexit.register(time.sleep, 20); print(flush=True); time.sleep(60)"
+    words = program(work)
+    words[2] = words[2].replace("sys.argv", "job._GRACE_S = 0.5; sys.argv")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with started(words, **options) as running:
+        running.stdout.readline()
+        running.stdout.readline()
+        os.killpg(running.pid, signal.SIGTERM)
+        _, err = running.communicate(timeout=making.PATIENCE_S)
+    assert running.returncode == 143
+    assert exits() == ["FAILURE"]
+    assert err.count("Ended by SIGTERM") == 1
+
+
 def test_work_does_not_go_on_without_its_guard(folder):
     words = program("time.sleep(20)\nopen('went on', 'w')")
     with started(words, stdout=subprocess.PIPE, text=True) as running:

@@ -21,6 +21,8 @@ from relion_cryofilter.thresholds import Chosen
 if TYPE_CHECKING:
     import pandas as pd
 
+HARDLY_FILTERS = 0.8  # of the bad particles accepted
+
 log = logging.getLogger("relion_cryofilter")
 
 
@@ -73,6 +75,29 @@ def measure(
     clusters, unit = clusters_of(labelled.particles)
     evaluation = evaluate(labelled.labels, chosen.values, clusters, chosen.threshold, seed=seed)
     return Measured(labelled, chosen, evaluation, unit, part)
+
+
+def warn_of_a_lax_threshold(
+    found: Evaluation, labels: np.ndarray, request: ThresholdRequest, which: str
+) -> None:
+    """Warn of a threshold that accepts nearly all bad particles; `which` says of which ones."""
+    bad_accepted = 1 - found.specificity.value
+    if bad_accepted > HARDLY_FILTERS:
+        log.warning(
+            "This threshold accepts %.0f %% of the bad %s particles: it hardly filters. The model "
+            "has learnt too little, or %d good %s particles are too few for %s; try more labels, "
+            "or score with --threshold recall=0.9 or keep=0.6.",
+            100 * bad_accepted, which, labels.sum(), which, request,
+        )  # fmt: skip
+
+
+def estimates_to_keep(found: Evaluation) -> dict[str, list[float | None]]:
+    """Return value, low and high of what a model says of its threshold (`ESTIMATE`)."""
+    kept = {"recall": found.sensitivity, "precision": found.precision, "auc": found.auc}
+    return {
+        name: [None if np.isnan(value) else value for value in interval]
+        for name, interval in kept.items()
+    }
 
 
 def describe_test_part(split: Split, options: MetricsOptions | TrainOptions) -> str:

@@ -18,6 +18,7 @@ from relion_cryofilter.evaluation import evaluate
 from relion_cryofilter.files import CHECKPOINT, numbered
 from relion_cryofilter.kinds import gpu_numbers
 from relion_cryofilter.nn.home import HOME, home_of
+from relion_cryofilter.nn.measurement import estimates_to_keep, warn_of_a_lax_threshold
 from relion_cryofilter.nn.model import ESTIMATE, Model
 from relion_cryofilter.nn.networks import choose_devices
 from relion_cryofilter.nn.task import NOISE_SEED, Task
@@ -27,7 +28,6 @@ from relion_cryofilter.progress import Progress
 from relion_cryofilter.thresholds import CURVE, OperatingCurve, choose_threshold
 
 NOISE_POOL = 512
-HARDLY_FILTERS = 0.8
 TEMPERATURES = np.geomspace(0.2, 5.0, 241)
 
 AfterEpoch = Callable[[int, Sequence[Epoch]], None]
@@ -104,23 +104,12 @@ class Member:
             request, " of the good training and validation particles" if both else "",
             found.sensitivity, found.precision, (scores >= threshold).sum(), len(scores),
         )  # fmt: skip
-        bad_accepted = 1 - found.specificity.value
-        if bad_accepted > HARDLY_FILTERS:
-            log.warning(
-                "This threshold accepts %.0f %% of the bad validation particles: it hardly "
-                "filters. The model has learnt too little, or %d good validation particles are too "
-                "few for %s; try more labels, or score with --threshold recall=0.9 or keep=0.6.",
-                100 * bad_accepted, labels.sum(), request,
-            )  # fmt: skip
-        estimates = {"recall": found.sensitivity, "precision": found.precision, "auc": found.auc}
+        warn_of_a_lax_threshold(found, labels, request, "validation")
         provenance = {
             **self._provenance(),
             "settings": asdict(trainer.settings),
             "best_epoch": best,
-            ESTIMATE: {
-                name: [None if np.isnan(value) else value for value in interval]
-                for name, interval in estimates.items()
-            },
+            ESTIMATE: estimates_to_keep(found),
             CURVE: curve.to_dict(),
             HOME: home_of(network, self.task, np.concatenate([split.train, rows]), split),
         }

@@ -25,7 +25,13 @@ from relion_cryofilter.nn.label_noise import (
     measure_label_noise,
     threshold_behind,
 )
-from relion_cryofilter.nn.measurement import Measured, describe_folds, describe_test_part
+from relion_cryofilter.nn.measurement import (
+    Measured,
+    describe_folds,
+    describe_test_part,
+    estimates_to_keep,
+    warn_of_a_lax_threshold,
+)
 from relion_cryofilter.nn.model import ESTIMATE, LABEL_NOISE, Model, Models
 from relion_cryofilter.nn.selftests import SelfTest, run_self_tests
 from relion_cryofilter.nn.suspects import Suspects, suspects_of
@@ -42,8 +48,6 @@ from relion_cryofilter.particles.splits import (
 )
 from relion_cryofilter.progress import Progress, counted
 from relion_cryofilter.thresholds import CURVE, choose_threshold
-
-HARDLY_FILTERS = 0.8
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -271,15 +275,7 @@ def _with_threshold(
     threshold = threshold_behind(options.threshold, scores, labels, noise.shares)
     curve = curve_behind(scores, labels, clusters, noise.shares)
     found = evaluate(labels, scores, clusters, threshold, seed=options.seed)
-    bad_accepted = 1 - found.specificity.value
-    if bad_accepted > HARDLY_FILTERS:
-        log.warning(
-            "This threshold accepts %.0f %% of the labelled bad particles: it hardly filters. The "
-            "model has learnt too little, or %d labelled good particles are too few for %s; try "
-            "more labels, or score with --threshold recall=0.9 or keep=0.6.",
-            100 * bad_accepted, labels.sum(), options.threshold,
-        )  # fmt: skip
-    estimates = {"recall": found.sensitivity, "precision": found.precision, "auc": found.auc}
+    warn_of_a_lax_threshold(found, labels, options.threshold, "labelled")
     provenance = {
         **task.provenance(rows),
         "folds": {
@@ -289,10 +285,7 @@ def _with_threshold(
         },
         "recipe": asdict(fit.recipe) if fit.recipe else None,
         LABEL_NOISE: noise.to_dict(),
-        ESTIMATE: {
-            name: [None if np.isnan(value) else value for value in interval]
-            for name, interval in estimates.items()
-        },
+        ESTIMATE: estimates_to_keep(found),
         CURVE: curve.to_dict(),
         HOME: home_of(fit.network, task, rows, folds),
     }

@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # Threads that spin while they wait take the cores from others, on a busy node twentyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    folder, first = output_folder(words), True
+    folder, first, guarded = output_folder(words), True, False
     with _signals(folder) if folder else nullcontext(), _released(folder):
         try:
             if folder is None:
@@ -185,11 +185,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _in_child(folder, first) if argv is None else None
             if code is not None:
                 return code
+            guarded = argv is None
             _work(words, folder, first)
         except BaseException as error:
             if isinstance(error, Aborted) and not first:
                 folder = None
-            return _report(error, folder, verbose="--verbose" in words)
+            code = _report(error, folder, verbose="--verbose" in words)
+            if isinstance(error, Terminated) and guarded:
+                os._exit(code)  # the guard would speak for a child whose threads end too late
+            return code
     return 0
 
 
@@ -213,11 +217,14 @@ def _in_child(folder: JobFolder, first: bool) -> int | None:
         pass
     os.close(spare)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # until both know which they are
     guard, child = os.getpid(), os.fork()
     if not child:
         _end_with(guard)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         return None
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _, status = os.waitpid(child, 0)
     except Terminated as request:  # FAILURE was left; the work may tidy up
         end = time.monotonic() + _GRACE_S
