@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTICLES, SCORED = "Extract/job001/particles.star", "scored/particles.star"
 MODES = {
     "score": f"score --in_parts {PARTICLES} --j 1 --batch_size 16",
-    "train": "train --in_parts Select/job003/particles.star --j 1 --epochs 3",
+    "train": "train --in_parts Select/job003/particles.star --j 1 --epochs 2",
     "select": f"select --in_parts {SCORED} --threshold keep=0.4",
 }
 
@@ -108,7 +108,7 @@ def main() -> None:
 def simulated() -> int:
     """Make the project p, with a Select job."""
     simulate_selection(
-        simulate_project("p", n_micrographs=8, particles_per_micrograph=40, snr=0.1, seed=1)
+        simulate_project("p", n_micrographs=8, particles_per_micrograph=20, snr=0.1, seed=1)
     )
     return 0
 

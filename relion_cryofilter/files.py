@@ -204,7 +204,7 @@ def is_of_another_job(folder: Path) -> bool:
 
 def claim(folder: Path, known: bool = False) -> None:
     """Make `folder`, and take it for ours; a UsageError where it is not, unless that is `known`."""
-    if folder.resolve() in _claimed:
+    if folder.resolve() in _claimed and folder.is_dir():
         return
     if is_of_another_job(folder):
         raise UsageError(

@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import making
@@ -24,8 +25,8 @@ settings.load_profile("unhurried")
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Start one worker more than there are cores: some tests wait for RELION's own pauses."""
-    return (os.cpu_count() or 1) + 1
+    """Start two workers more than there are cores: some tests wait for RELION's own pauses."""
+    return (os.cpu_count() or 1) + 2
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -70,6 +71,14 @@ def log_as_before() -> Iterator[None]:
     log.handlers, log.propagate, level = before
     log.setLevel(level)
     warnings.showwarning, logging.raiseExceptions = shown, raised
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out logfile.pdf and report.html, most of a small job's time, where others test them."""
+    for mode in ("score", "train", "metrics"):
+        command = import_module(f"relion_cryofilter.commands.{mode}")
+        monkeypatch.setattr(command, "write_report", lambda folder, collect: ())
 
 
 @pytest.fixture

@@ -9,6 +9,8 @@ import sys
 import pytest
 from making import ROOT
 
+from relion_cryofilter.commands import demo as demo_command
+from relion_cryofilter.options import DemoOptions
 from relion_cryofilter.particles.particles import read_particles
 
 COMMAND = [sys.executable, "-m", "relion_cryofilter"]
@@ -19,25 +21,31 @@ def demo(folder):
 
 
 @pytest.mark.slow
-def test_the_demo_filters_a_project_before_and_after_a_training(tmp_path):
-    for said in ("Simulating a RELION project", "holds the simulated project already"):
-        done = demo(tmp_path / "demo")
-        assert done.returncode == 0, done.stderr
-        assert said in done.stdout
-        found = re.findall(r": ([\d,]+) accepted \(.*?\), ([\d,]+) rejected", done.stdout)
-        assert len(found) == 2
-        for job, counts in zip(("job002", "job004"), found):
-            folder = tmp_path / "demo/External" / job
-            for name, count in zip(("accepted", "rejected"), counts):
-                rows = len(read_particles(folder / f"particles_{name}.star"))
-                assert rows == int(count.replace(",", ""))
-        assert str(folder) in done.stdout
-        table = re.findall(r"^  (\w+) +(\d+) +(\d+) +(\d+)$", done.stdout, re.MULTILINE)
-        kept = {kind: [int(n) / int(total) for n in accepted] for kind, total, *accepted in table}
-        assert kept["particle"][0] > 0.9
-        assert kept["particle"][1] > 0.85
-        assert kept["empty"][1] < 0.25
-        assert kept["aggregate"][1] < 0.5
+def test_the_demo_filters_a_project_before_and_after_a_training(tmp_path, monkeypatch, caplog):
+    done = demo(tmp_path / "demo")
+    assert done.returncode == 0, done.stderr
+    assert "Simulating a RELION project" in done.stdout
+    found = re.findall(r": ([\d,]+) accepted \(.*?\), ([\d,]+) rejected", done.stdout)
+    assert len(found) == 2
+    for job, counts in zip(("job002", "job004"), found):
+        folder = tmp_path / "demo/External" / job
+        for name, count in zip(("accepted", "rejected"), counts):
+            rows = len(read_particles(folder / f"particles_{name}.star"))
+            assert rows == int(count.replace(",", ""))
+    assert str(folder) in done.stdout
+    table = re.findall(r"^  (\w+) +(\d+) +(\d+) +(\d+)$", done.stdout, re.MULTILINE)
+    kept = {kind: [int(n) / int(total) for n in accepted] for kind, total, *accepted in table}
+    assert kept["particle"][0] > 0.9
+    assert kept["particle"][1] > 0.85
+    assert kept["empty"][1] < 0.25
+    assert kept["aggregate"][1] < 0.5
+    # The next time it filters the same project again.
+    jobs = []
+    monkeypatch.setattr(demo_command, "_run_job", lambda words, project: jobs.append(words[0]))
+    with caplog.at_level("INFO"):
+        demo_command.demo(DemoOptions(folder=tmp_path / "demo"))
+    assert "holds the simulated project already" in caplog.text
+    assert jobs == ["score", "train", "score"]
 
 
 def test_the_demo_does_not_touch_a_folder_of_something_else(tmp_path):

@@ -73,7 +73,7 @@ def environment(tmp_path_factory):
 def simulated(tmp_path_factory):
     """A project in which the pages' job numbers are right, up to External/job010."""
     project = tmp_path_factory.mktemp("pages") / "project"
-    particles = simulate_project(project, n_micrographs=6, particles_per_micrograph=24, snr=0.1)
+    particles = simulate_project(project, n_micrographs=6, particles_per_micrograph=18, snr=0.1)
     simulate_selection(particles)
     for old, new in JOBS.items():
         (project / old).rename(project / new)

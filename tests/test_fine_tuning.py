@@ -19,6 +19,8 @@ from relion_cryofilter.particles.splits import split_by_micrograph
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion import job
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 JOB = Path("External/job009")
 
 

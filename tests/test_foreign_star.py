@@ -16,6 +16,8 @@ from relion_cryofilter.errors import StarError
 from relion_cryofilter.options import ScoreOptions
 from relion_cryofilter.particles.particles import read_particles
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 N = 12
 
 CSPARC2STAR = """

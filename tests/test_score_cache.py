@@ -22,6 +22,8 @@ from relion_cryofilter.particles.particles import read_particles
 from relion_cryofilter.particles.splits import short_hash
 from relion_cryofilter.relion import job
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 OUT = "External/job002/"
 JOURNAL = Path(OUT) / "score_cache.journal"
 

@@ -218,13 +218,13 @@ def draw_scene(
     else:
         ratio = rng.uniform(0.3, 0.55) if rng.random() < 0.7 else rng.uniform(1.5, 2)
         other = random_shape(rng, ratio * diameter)
-        clouds = list(proteins(rng, molecule, other, standing, sites))
+        clouds, _ = proteins(rng, molecule, other, standing, sites)
     density = float(molecule.weights.sum()) / diameter_px**2
     for name, place in zip(standing, sites):
         if name == "micelle":
             empty = micelle(rng, diameter * rng.uniform(0.4, 1))
             weight = molecule.weights.sum() / len(empty.atoms) * rng.uniform(0.2, 1)
-            clouds.append((place, empty.pose(rng), empty.weights * weight))
+            clouds.append((place, empty.pose(rng)[0], empty.weights * weight))
         elif name == "filament":
             thread = filament(rng, 2.5 * box_px * pixel_size, diameter * rng.uniform(0.1, 0.5))
             turned = _turned(thread.atoms, rng.uniform(0, 2 * np.pi))

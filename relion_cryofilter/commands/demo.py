@@ -26,7 +26,7 @@ from relion_cryofilter.simulate import PARTICLE, simulate_project
 SCORE, TRAIN, SCORE_AGAIN = "External/job002/", "External/job003/", "External/job004/"
 PARTICLES = "Extract/job001/particles.star"
 GOOD, BAD = "labels/good.star", "labels/bad.star"
-MICROGRAPHS, LABELLED, SEED = 14, 6, 2020
+MICROGRAPHS, PARTICLES_EACH, LABELLED, SEED = 12, 60, 6, 2020
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -80,8 +80,8 @@ def _make_project(project: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{project.name}.", dir=project.parent) as folder:
         made = Path(folder) / "project"
         simulate_project(
-            made, n_micrographs=MICROGRAPHS, particles_per_micrograph=80, snr=0.1, seed=SEED,
-            next_job=5,
+            made, n_micrographs=MICROGRAPHS, particles_per_micrograph=PARTICLES_EACH, snr=0.1,
+            seed=SEED, next_job=5,
         )  # fmt: skip
         made.replace(project)
 

@@ -182,6 +182,7 @@ def train_report(options: TrainOptions, trained: Trained) -> Report:
         options,
         measured,
         title=f"Training, measured on {measured.part}",
+        models=trained.models,
         model=", ".join(trained.models.names),
         reason=f"for {options.threshold}, from {where}",
         own_charts=charts.history_charts(history, trained.kept_epochs[0]),
@@ -202,6 +203,7 @@ def metrics_report(
         options,
         measured,
         title=f"Measured on {measured.part}",
+        models=models,
         model=models.describe(),
         reason=measured.chosen.reason,
         sections=[("Labels", measured.labelled.notes)],
@@ -214,6 +216,7 @@ def _labelled_report(
     measured: Measured,
     *,
     title: str,
+    models: Models,
     model: str,
     reason: str,
     sections: Sequence[tuple[str, Sequence[str]]],
@@ -239,6 +242,8 @@ def _labelled_report(
     pictures, galleries = pictures_of(
         particles, chosen, everyone, options.threads, labels, measured.doubted
     )
+    averages = averages_of(particles, models.members[0], chosen, everyone, options.threads)
+    views = views_of(particles, chosen.accepted)
     mode = "train" if isinstance(options, TrainOptions) else "metrics"
     return Report(
         title=title,
@@ -259,17 +264,21 @@ def _labelled_report(
         charts=[
             *charts.score_charts(histogram, cuts),
             *charts.evaluation_charts(curves(labels, chosen.values), evaluation),
+            *map(loss_charts.average_chart, averages),
             *([loss_charts.CLASSES.of(classes)] if classes else []),
             *charts.set_charts(micrographs),
+            *([loss_charts.VIEWS.of(views)] if views else []),
         ],
         further=[*own_charts, *charts.feature_charts(features=features)],
         pictures=pictures,
         galleries=galleries,
+        notes=[views.warning()] if views and views.cones else [],
         sections=[
             ("Figures", evaluation.summary().splitlines()),
             ("Good particles lost", [lost]),
             *(section for section in sections if section[1]),
             *micrographs.in_words(),
+            *([("Views that keep less", views.in_words())] if views and views.cones else []),
         ],
     )
 

@@ -73,11 +73,15 @@ class Boxes:
 
 @dataclass(frozen=True)
 class Picks:
-    """Where boxes are cut: `x`, `y` (n,) in pixels, 0-based, and `kind` (n,), each one of KINDS."""
+    """Where boxes are cut: `x`, `y` (n,) in pixels, 0-based, and `kind` (n,), each one of KINDS.
+
+    `rotation` (n, 3, 3) takes the molecule to its pose; it means something where `kind` has a pose.
+    """
 
     x: Array
     y: Array
     kind: Array
+    rotation: Array | None = None
 
 
 class SimulatedImages(NamedTuple):
@@ -141,7 +145,7 @@ def simulate_micrograph(
     sites, side, film = place_sites(rng, standing, diameter_px, box_px, field.spacing)
     # Proteins as a weak phase object, scaled to the signal-to-noise ratio.
     transfer = ctf((side, side), pixel_size_angstrom, parameters or CtfParameters())
-    copies = proteins(rng, molecule, field.other, standing, sites)
+    copies, rotations = proteins(rng, molecule, field.other, standing, sites)
     protein = deposit(copies, side, pixel_size_angstrom)
     atom = np.exp(-2 * (np.pi * ATOM_SIGMA_ANGSTROM) ** 2 * _frequency2(side, pixel_size_angstrom))
     signal = np.fft.irfft2(np.fft.rfft2(protein) * transfer * atom, (side, side))
@@ -167,7 +171,7 @@ def simulate_micrograph(
     away = directions(rng, len(kinds), 2) * rng.uniform(0.35, 0.6, (len(kinds), 1))
     offset[kinds == "off_centre"] = away[kinds == "off_centre"]
     x, y = (sites[: len(kinds)] + offset * diameter_px).T
-    return -image.astype(np.float32), Picks(x, y, kinds)
+    return -image.astype(np.float32), Picks(x, y, kinds, rotations[: len(kinds)])
 
 
 def extract(image: Array, picks: Picks, box_px: int, *, invert: bool = True) -> Array:

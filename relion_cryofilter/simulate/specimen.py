@@ -6,7 +6,7 @@ be imaged as phase objects, dirt in units of the noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -53,8 +53,8 @@ class Molecule:
         """Diameter of the smallest centred sphere that holds all pseudo-atoms, Å."""
         return 2 * float(np.linalg.norm(self.atoms, axis=1).max())
 
-    def pose(self, rng: Rng) -> Array:
-        """Return the pseudo-atoms (n, 3) of one copy, bent and turned."""
+    def pose(self, rng: Rng) -> tuple[Array, Array]:
+        """Return the pseudo-atoms (n, 3) of one copy, bent and turned, and its rotation (3, 3)."""
         atoms = self.atoms
         if self.bend_degrees:
             arm = atoms[:, 0] > np.quantile(atoms[:, 0], 0.6)
@@ -62,10 +62,12 @@ class Molecule:
             swing = _small_rotation(rng, self.bend_degrees)
             atoms = np.where(arm[:, None], (atoms - hinge) @ swing.T + hinge, atoms)
         if self.views is None:
-            return np.asarray(atoms @ random_rotation(rng).T)
-        in_plane = _rotation_about_z(rng.uniform(0, 2 * np.pi))
-        view = self.views[int(rng.integers(len(self.views)))]
-        return np.asarray(atoms @ (in_plane @ _small_rotation(rng, 10.0) @ view).T)
+            rotation = random_rotation(rng)
+        else:
+            in_plane = _rotation_about_z(rng.uniform(0, 2 * np.pi))
+            view = self.views[int(rng.integers(len(self.views)))]
+            rotation = in_plane @ _small_rotation(rng, 10.0) @ view
+        return np.asarray(atoms @ rotation.T), rotation
 
 
 def random_molecule(
@@ -165,20 +167,28 @@ def place_sites(
 
 def proteins(
     rng: Rng, molecule: Molecule, other: Molecule | None, kinds: Array, sites: Array
-) -> Iterator[Cloud]:
-    """Yield what stands at the sites, in Å; `other` is at those of that kind."""
-    for kind, site in zip(kinds, sites, strict=True):
+) -> tuple[list[Cloud], Array]:
+    """Return what stands at the sites, in Å, and the rotation (n, 3, 3) of the molecule at each.
+
+    `other` is at those of that kind; where no molecule stands by itself, its rotation is of none.
+    """
+    clouds: list[Cloud] = []
+    rotations = np.empty((len(kinds), 3, 3))
+    for number, (kind, site) in enumerate(zip(kinds, sites, strict=True)):
         shown = other if other and kind == "other" else molecule
-        atoms, weights = shown.pose(rng), shown.weights * rng.uniform(0.85, 1.15)
+        atoms, rotations[number] = shown.pose(rng)
+        weights = shown.weights * rng.uniform(0.85, 1.15)
         if kind in (PARTICLE, "off_centre", "other"):
-            yield site, atoms, weights
+            clouds.append((site, atoms, weights))
         elif kind == "broken":
             depth = atoms @ directions(rng, 1)[0]
             kept = depth < np.quantile(depth, rng.uniform(0.3, 0.6))
-            yield site, atoms[kept] - atoms[kept].mean(0), weights[kept]
+            clouds.append((site, atoms[kept] - atoms[kept].mean(0), weights[kept]))
         elif kind == "aggregate":
             for shift in directions(rng, int(rng.integers(3, 7))) * shown.diameter_angstrom:
-                yield site, shown.pose(rng) + shift * rng.uniform(0.25, 0.75), weights
+                copy = shown.pose(rng)[0] + shift * rng.uniform(0.25, 0.75)
+                clouds.append((site, copy, weights))
+    return clouds, rotations
 
 
 def dirt(rng: Rng, ice: Array, side: int, diameter_px: float, film: Array | None) -> Array:

@@ -1,0 +1,50 @@
+"""From picks to a map: what a filter does for it, beside 2D classes and random subsets.
+
+    python benchmarks/reconstruction --maps FOLDER --work FOLDER [--seeds 1] [--j 2] [--only ARM]
+
+Simulates picks of a molecule that no pre-training has seen, half of them junk of all kinds, sorts
+them in several ways (arms.py), and refines each arm with RELION 3.1.3's `relion_refine_mpi
+--auto_refine` from the same low-passed start. Does what is not in --work yet, so a stopped
+benchmark goes on, then writes benchmarks/results/reconstruction.md and .png from all that is there.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from arms import arms
+from picks import picks
+from refine import Map, refined
+from table import plot, report
+
+
+def main() -> None:
+    """Do the refinements and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--maps", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--j", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", help="Only arms whose names this regular expression finds.")
+    out = Path(__file__).resolve().parents[1] / "results/reconstruction.md"
+    parser.add_argument("--out", type=Path, default=out)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    truth = picks(options.maps, options.work)
+    sorted_in = arms(options.work, truth, options.j)
+    maps: dict[str, list[Map]] = {name: [] for name in sorted_in}
+    for seed in range(1, options.seeds + 1):
+        for name, kept in sorted_in.items():
+            if not options.only or re.search(options.only, name):
+                maps[name].append(refined(name, kept, truth, options.work, seed))
+                print(f"{name}, seed {seed}: {np.count_nonzero(kept):,} picks", flush=True)
+    options.out.write_text(report(sorted_in, maps, truth))
+    plot(maps, truth, options.out.with_suffix(".png"))
+    print(f"wrote {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

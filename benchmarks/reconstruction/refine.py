@@ -1,0 +1,106 @@
+"""From picks to a map with RELION's auto-refinement, and how good the map is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import starfile
+from arms import MASK, PICKS_STAR, relion
+from picks import BOX, Truth, rotation_matrices
+
+from relion_cryofilter.particles.particles import read_particles
+
+START_ANGSTROM = 40
+"""The true map, low-passed to this, is the start of all refinements."""
+REFINE = (
+    "--auto_refine --split_random_halves --firstiter_cc --dont_combine_weights_via_disc "
+    "--preread_images --pool 50 --pad 1 --ctf --flatten_solvent --zero_mask --oversampling 1 "
+    "--healpix_order 2 --auto_local_healpix_order 4 --offset_range 4 --offset_step 2 --sym C1 "
+    f"--low_resol_join_halves {START_ANGSTROM} --norm --scale"
+)
+MPI = "mpirun --allow-run-as-root --oversubscribe --mca btl_vader_single_copy_mechanism none -n 3"
+
+
+@dataclass(frozen=True)
+class Map:
+    """What came of an arm.
+
+    `halves` and `true` are Fourier shell correlations (BOX // 2 + 1,): of the half maps, and of
+    their mean with the truth; `error` is the median angle between found and true orientations of
+    the true particles, degrees.
+    """
+
+    halves: np.ndarray
+    true: np.ndarray
+    error: float
+
+
+def refined(name: str, kept: np.ndarray, truth: Truth, project: Path, seed: int) -> Map:
+    """Return the map of the picks `kept` (n,), which is made where it is not there yet."""
+    job = f"Refine3D/{re.sub('[^a-z0-9]+', '_', name.lower())}_{seed}"
+    folder = project / job
+    if not (folder / "run_class001.mrc").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        table = read_particles(project / PICKS_STAR).table
+        assert table is not None
+        (folder / "particles.star").unlink(missing_ok=True)
+        table.write({folder / "particles.star": kept})
+        relion(
+            [*MPI.split(), "relion_refine_mpi", "--i", f"{job}/particles.star", "--o", f"{job}/run",
+             "--ref", "truth.mrc", "--ini_high", str(START_ANGSTROM)],
+            f"{REFINE} --particle_diameter {MASK * truth.diameter:.0f} --random_seed {seed} --j 1",
+            project,
+        )  # fmt: skip
+    halves = [_read(folder / f"run_half{half}_class001_unfil.mrc") for half in (1, 2)]
+    mask = _soft_sphere(MASK * truth.diameter / truth.pixel_size / 2)
+    table = starfile.read(folder / "run_data.star")["particles"]
+    rows = table["rlnImageName"].str.partition("@")[0].astype(int).to_numpy() - 1
+    found = rotation_matrices(table[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]].to_numpy())
+    trace = np.einsum("nij,nij->n", found, truth.rotations[rows])
+    angles = np.rad2deg(np.arccos(np.clip((trace - 1) / 2, -1, 1)))
+    return Map(
+        fsc(halves[0] * mask, halves[1] * mask),
+        fsc((halves[0] + halves[1]) * mask, _read(project / "truth.mrc") * mask),
+        float(np.median(angles[truth.good[rows]])),
+    )
+
+
+def _read(path: Path) -> np.ndarray:
+    with mrcfile.open(path, permissive=True) as file:
+        return np.asarray(file.data, np.float64)
+
+
+def _soft_sphere(radius_px: float, edge_px: float = 4.0) -> np.ndarray:
+    """Return (BOX, BOX, BOX): 1 inside, falling to 0 over the edge."""
+    z, y, x = np.indices((BOX,) * 3) - BOX // 2
+    outside = np.clip((np.sqrt(x**2 + y**2 + z**2) - radius_px) / edge_px, 0, 1)
+    return np.asarray(0.5 + 0.5 * np.cos(np.pi * outside))
+
+
+def fsc(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the Fourier shell correlation (side // 2 + 1,) of two maps (side, side, side)."""
+    side = len(first)
+    a, b = np.fft.fftn(first), np.fft.fftn(second)
+    u = np.fft.fftfreq(side) * side
+    shell = np.rint(np.sqrt(u[:, None, None] ** 2 + u[:, None] ** 2 + u**2)).astype(int).ravel()
+    sums = [
+        np.bincount(shell, part.ravel())[: side // 2 + 1]
+        for part in ((a * b.conj()).real, np.abs(a) ** 2, np.abs(b) ** 2)
+    ]
+    return np.asarray(sums[0] / np.sqrt(sums[1] * sums[2] + 1e-30))
+
+
+def resolution(curve: np.ndarray, limit: float, pixel_size: float) -> float:
+    """Return where a curve first falls below a limit, Å; twice the pixel size if it never does."""
+    below = np.flatnonzero(curve < limit)
+    if not below.size:
+        return 2 * pixel_size
+    end = int(below[0])
+    if not end:
+        return float("inf")
+    shell = end - (limit - curve[end]) / (curve[end - 1] - curve[end])
+    return float(BOX * pixel_size / shell)
