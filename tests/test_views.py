@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 from making import JOB, particles_of, run_to_end, score_project, write_cs, write_project
 from matplotlib.figure import Figure
+from scipy.spatial.transform import Rotation
 
 from relion_cryofilter.particles.particles import read_particles
 from relion_cryofilter.particles.tables import read_particle_file
+from relion_cryofilter.particles.views import views_of_angles, views_of_poses
 from relion_cryofilter.relion import job
 from relion_cryofilter.results.loss_charts import CLASSES, VIEWS
 from relion_cryofilter.results.summaries import classes_of, good_lost
-from relion_cryofilter.results.views import directions, views_of
+from relion_cryofilter.results.views import views_of
 
 
 def posed(path, rot, tilt):
@@ -39,7 +41,7 @@ def random_angles(n, seed=0):
 @pytest.mark.relion
 @pytest.mark.parametrize(("rot", "tilt"), [(0, 0), (30, 60), (-120, 40), (75, 130)])
 def test_relion_projects_what_is_in_the_viewing_direction_onto_the_middle(tmp_path, rot, tilt):
-    (direction,) = directions([rot], [tilt])
+    (direction,) = views_of_angles([rot], [tilt])
     z, y, x = np.mgrid[:32, :32, :32] - 16
     blob = np.exp(-sum((axis - 9 * part) ** 2 for axis, part in zip((x, y, z), direction)) / 4)
     with mrcfile.new(tmp_path / "map.mrc") as file:
@@ -56,13 +58,13 @@ def test_relion_projects_what_is_in_the_viewing_direction_onto_the_middle(tmp_pa
 
 def test_a_cone_that_loses_its_particles_is_found_and_said(tmp_path):
     rot, tilt = random_angles(6000)
-    centre = directions([60], [50])[0]
-    inside = directions(rot, tilt) @ centre > np.cos(np.deg2rad(15))
+    centre = views_of_angles([60], [50])[0]
+    inside = views_of_angles(rot, tilt) @ centre > np.cos(np.deg2rad(15))
     accepted = np.random.default_rng(1).random(6000) < np.where(inside, 0.3, 0.8)
-    views = views_of(posed(tmp_path / "a.star", rot, tilt), accepted)
+    views = views_of(views_of_angles(rot, tilt), accepted)
     assert len(views.cones) == 1
     (cone,) = views.cones
-    found = directions([cone.rot_degrees], [cone.tilt_degrees])[0]
+    found = views_of_angles([cone.rot_degrees], [cone.tilt_degrees])[0]
     assert np.rad2deg(np.arccos(found @ centre)) < 12
     assert cone.share < 0.5 < 0.7 < cone.others
     assert "may lose them: rot" in views.warning()
@@ -76,23 +78,40 @@ def test_a_cone_that_loses_its_particles_is_found_and_said(tmp_path):
 def test_chance_makes_no_warning(tmp_path, seed):
     rot, tilt = random_angles(3000, seed)
     accepted = np.random.default_rng(seed + 99).random(3000) < 0.6
-    views = views_of(posed(tmp_path / "a.star", rot, tilt), accepted)
+    views = views_of(views_of_angles(rot, tilt), accepted)
     assert views.cones == ()
     assert views.warning() == ""
 
 
 def test_cells_have_one_area(tmp_path):
     rot, tilt = random_angles(40_000)
-    views = views_of(posed(tmp_path / "a.star", rot, tilt), np.ones(40_000, bool))
+    views = views_of(views_of_angles(rot, tilt), np.ones(40_000, bool))
     expected = 40_000 / views.total.size
     assert np.abs(views.total - expected).max() < 6 * np.sqrt(expected)
 
 
 def test_without_poses_there_are_no_views(tmp_path):
     zeros = np.zeros(5)
-    assert views_of(posed(tmp_path / "a.star", zeros, zeros), zeros == 0) is None
+    assert views_of(posed(tmp_path / "a.star", zeros, zeros).table.views(), zeros == 0) is None
     (tmp_path / "b.star").write_text("data_\n\nloop_\n_rlnImageName #1\n1@a.mrcs\n\n")
-    assert views_of(read_particles(tmp_path / "b.star"), np.array([True])) is None
+    assert read_particles(tmp_path / "b.star").table.views() is None
+    assert views_of(None, np.array([True])) is None
+
+
+def test_poses_of_cryosparc_are_seen_from_where_relion_sees_them(project):
+    """As pyem converts them: RELION's matrix is that of the pose turned back."""
+    rng = np.random.default_rng(0)
+    poses = np.append(rng.normal(size=(47, 3)), [[0, 0, 0]], axis=0).astype(np.float32)
+    fields = particles_of(Path("Extract/job001/particles.star"))
+    write_cs(Path("all.cs"), {**fields, "alignments3D/pose": poses})
+    matrices = Rotation.from_rotvec(-poses).as_matrix()
+    tilt = np.rad2deg(np.arccos(matrices[:, 2, 2]))
+    rot = np.rad2deg(np.arctan2(matrices[:, 2, 1], matrices[:, 2, 0]))
+    seen = read_particle_file(Path("all.cs")).table.views()
+    assert np.allclose(seen, views_of_angles(rot, tilt), atol=1e-5)
+    assert np.allclose(seen, views_of_poses(poses))
+    score_project("--threshold keep=0.5", source="--in_parts all.cs")
+    assert "Acceptance by view" in Path(JOB, "report.html").read_text()
 
 
 def test_classes_are_counted():
@@ -152,3 +171,8 @@ def test_the_report_tells_what_was_lost_before_the_rest(project):
         "Classes", "Particles at the job's threshold", "Nearest the cut", "Features",
         "This run",
     ]  # fmt: skip
+    # The same of labelled particles.
+    words = f"metrics --in_parts {star} --pos_classes 1,2 --weights model.safetensors --j 1 --o M/"
+    assert job.main(f"{words} --threshold keep=0.5".split()) == 0
+    found = re.findall(r"<h2>(.*?)</h2>", Path("M", "report.html").read_text())
+    assert set(titles) - set(found) <= {"Particles at the job's threshold", "Features"}

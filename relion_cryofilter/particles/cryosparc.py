@@ -19,10 +19,12 @@ from relion_cryofilter.errors import CryoFilterError, CryoSparcError, bounded
 from relion_cryofilter.files import SCORE_LABEL, remove, replacing
 from relion_cryofilter.inputs import open_input, parse_json, seen
 from relion_cryofilter.particles.particles import OpticsGroup, ParticleSet, numbered, particle_set
+from relion_cryofilter.particles.views import views_of_poses
 
 log = logging.getLogger("relion_cryofilter")
 
 TOOLS = "cryosparc-tools"
+_POSE = "alignments3D/pose"
 _CLASSES_3D = ("alignments3D_multi/", "alignments_class3D", "alignments_class_")
 CS_SUFFIXES = (".cs", ".csg")
 SCORE_FIELD = "cryofilter/score"
@@ -156,6 +158,14 @@ class CsTable:
     def numbers(self, labels: Sequence[str]) -> dict[str, np.ndarray]:
         """Return none of RELION's columns: CryoSPARC's fields have other names and units."""
         return {}
+
+    def views(self) -> np.ndarray | None:
+        """Return the directions (n, 3) that particles are seen from, None without poses."""
+        for file in self.files:
+            poses = np.asarray(file.dataset[_POSE]) if _POSE in file.dataset else np.empty(0)
+            if poses.shape[1:] == (3,) and poses.dtype.kind == "f":
+                return views_of_poses(poses)
+        return None
 
     def scores(self, label: str = SCORE_LABEL) -> np.ndarray:
         """Return the scores (n,), 0 to 1; they are in one field, whatever the `label`."""

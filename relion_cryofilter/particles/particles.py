@@ -65,6 +65,9 @@ class Table(Protocol):
     def classes(self) -> np.ndarray:
         """Return the class numbers (n,) int64."""
 
+    def views(self) -> np.ndarray | None:
+        """Return the directions (n, 3) that particles are seen from, None without poses."""
+
     def place(self, row: int) -> str:
         """Return where a 0-based row stands, for messages."""
 

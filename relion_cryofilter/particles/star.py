@@ -37,10 +37,12 @@ from relion_cryofilter.files import SCORE_LABEL, remove, replacing
 from relion_cryofilter.inputs import Identity, identity_of, reading
 from relion_cryofilter.particles.signatures import STAR
 from relion_cryofilter.particles.stacks import kind_of_file
+from relion_cryofilter.particles.views import views_of_angles
 
 IMAGE_NAME = "rlnImageName"
 MICROGRAPH_NAME = "rlnMicrographName"
 OPTICS_GROUP = "rlnOpticsGroup"
+ANGLES = ("rlnAngleRot", "rlnAngleTilt")
 IMAGE_PIXEL_SIZE = "rlnImagePixelSize"
 IMAGE_SIZE = "rlnImageSize"
 IMAGE_DIMENSIONALITY = "rlnImageDimensionality"
@@ -230,6 +232,11 @@ class Loop:
                     found[label][first : first + len(texts)] = _numbers(texts)
             first += len(chunk[0])
         return found
+
+    def views(self) -> np.ndarray | None:
+        """Return the directions (n_rows, 3) that particles are seen from, None without poses."""
+        angles = self.numbers(ANGLES)
+        return views_of_angles(*angles.values()) if len(angles) == len(ANGLES) else None
 
     def scores(self, label: str = SCORE_LABEL) -> np.ndarray:
         """Return the scores (n_rows,), 0 to 1, of a file that was scored; else reason 7."""

@@ -67,7 +67,7 @@ def score_report(
     classes = _classes(particles, accepted)
     micrographs = summaries.micrographs_of(particles.micrographs, particles.micrograph_of, accepted)
     trends, unknown = summaries.trends(particles, accepted)
-    views = views_of(particles, accepted)
+    views = views_of(particles.table.views() if particles.table else None, accepted)
     pick_maps, features = summaries.pick_maps(particles, accepted), _features(scores, values)
 
     # In words.
@@ -243,8 +243,13 @@ def _labelled_report(
         particles, chosen, everyone, options.threads, labels, measured.doubted
     )
     averages = averages_of(particles, models.members[0], chosen, everyone, options.threads)
-    views = views_of(particles, chosen.accepted)
-    mode = "train" if isinstance(options, TrainOptions) else "metrics"
+    seen = origin.table.views() if origin else None
+    if origin and seen is not None:
+        seen = seen[origin.rows]
+    views = views_of(seen, chosen.accepted)
+    training = isinstance(options, TrainOptions)
+    if classes and not training:  # a training has a table with more in it
+        sections = [*sections, ("Classes", classes.table())]
     return Report(
         title=title,
         facts=[
@@ -256,7 +261,7 @@ def _labelled_report(
             ("AUC", str(evaluation.auc)),
             ("Recall", str(evaluation.sensitivity)),
             ("Precision", str(evaluation.precision)),
-            ("Options", options_text(mode, options)),
+            ("Options", options_text("train" if training else "metrics", options)),
             *run_facts(options),
         ],
         cuts=cuts,

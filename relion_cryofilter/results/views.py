@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from relion_cryofilter.particles.particles import ParticleSet
-
-ANGLES = ("rlnAngleRot", "rlnAngleTilt")
 CONES, HALF_ANGLE_DEGREES = 200, 15.0
 CELLS, PARTICLES_A_CELL = (6, 12), 20  # bands from pole to pole, the more where particles suffice
 SIGNIFICANT, FAR_LESS = 0.01, 0.9
@@ -74,29 +70,17 @@ class Views:
         )
 
 
-def directions(rot_degrees: NDArray[Any], tilt_degrees: NDArray[Any]) -> Floats:
-    """Return the viewing directions (n, 3) of RELION's angles (n,).
+def views_of(seen: Floats | None, accepted: NDArray[np.bool_]) -> Views | None:
+    """Count n particles seen from directions (n, 3), and the accepted (n,), over the sphere.
 
-    The third row of RELION's rotation matrix, ``Euler_angles2direction`` of src/euler.cpp, the
-    same in 3.1, 4 and 5: a point of the map in this direction is projected onto the middle.
+    None where no directions are known, or all are one, as after 2D classification.
     """
-    rot, tilt = (np.deg2rad(np.asarray(a, np.float64)) for a in (rot_degrees, tilt_degrees))
-    return np.stack([np.cos(rot) * np.sin(tilt), np.sin(rot) * np.sin(tilt), np.cos(tilt)], axis=1)
-
-
-def views_of(particles: ParticleSet, accepted: NDArray[np.bool_]) -> Views | None:
-    """Count n particles, and the accepted (n,), by their views; None where there are no poses.
-
-    Where all views are one, as after 2D classification, there are none either.
-    """
-    table = particles.table.numbers(ANGLES) if particles.table is not None else {}
-    if not all(label in table for label in ANGLES):
+    if seen is None:
         return None
-    rot, tilt = (table[label].astype(np.float64) for label in ANGLES)
-    known = np.isfinite(rot) & np.isfinite(tilt)
-    if not known.any() or np.ptp(tilt[known]) == 0 == np.ptp(rot[known]):
+    known = np.isfinite(seen).all(axis=1)
+    seen, kept = seen[known], accepted[known]
+    if not len(kept) or np.ptp(seen, axis=0).max() == 0:
         return None
-    seen, kept = directions(rot[known], tilt[known]), accepted[known]
     bands = max(CELLS) if len(kept) >= PARTICLES_A_CELL * 2 * max(CELLS) ** 2 else min(CELLS)
     edges = np.linspace(-180, 180, 2 * bands + 1), np.linspace(-1, 1, bands + 1)
     azimuth = np.rad2deg(np.arctan2(seen[:, 1], seen[:, 0]))
