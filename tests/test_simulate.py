@@ -20,6 +20,7 @@ from sklearn.metrics import roc_auc_score
 from relion_cryofilter import simulate
 from relion_cryofilter.errors import UsageError
 from relion_cryofilter.simulate.micrograph import ctf
+from relion_cryofilter.simulate.specimen import deposit
 
 N_MICROGRAPHS, N_PICKS, BOX = 3, 20, 32
 
@@ -354,3 +355,22 @@ def test_settings_that_make_no_sense_are_refused(
 def test_a_symmetry_that_is_not_cyclic_or_dihedral_is_refused() -> None:
     with pytest.raises(UsageError, match="expected Cn or Dn"):
         simulate.random_molecule(np.random.default_rng(0), 100.0, symmetry="T")
+
+
+def test_picks_know_the_rotation_of_the_molecule_that_is_seen() -> None:
+    molecule = simulate.random_molecule(np.random.default_rng(5), 100.0, symmetry="C1")
+    optics = simulate.CtfParameters(5000, 5000)
+    image, picks = simulate.simulate_micrograph(
+        np.random.default_rng(6), molecule, ["particle"] * 4, optics, 64, 3.0, snr=50.0
+    )
+    found = simulate.extract(image, picks, 64)
+    middle, filtered = np.array([32.0, 32.0]), ctf((64, 64), 3.0, optics)
+    for number, rotation in enumerate(picks.rotation):
+        likeness = []
+        for turned in (rotation, rotation.T):
+            seen = deposit([(middle, molecule.atoms @ turned.T, molecule.weights)], 64, 3.0)
+            expected = np.fft.irfft2(np.fft.rfft2(seen) * filtered, (64, 64))
+            both = [np.fft.fft2(part - part.mean()) for part in (expected, found[number])]
+            peak = np.fft.ifft2(both[0] * both[1].conj()).real.max()  # picks are a little off
+            likeness.append(peak / np.prod([np.linalg.norm(part) for part in both]) * 64**2)
+        assert likeness[0] > 0.7 > likeness[1]
