@@ -18,7 +18,7 @@ from relion_cryofilter.simulate import simulate_project, simulate_selection
 def test_the_examples_run_one_after_the_other(tmp_path):
     environment = making.command_line(tmp_path / "bin")
     project = tmp_path / "project"
-    simulate = f"python {ROOT}/examples/simulate.py {project} --micrographs 8 --particles 26"
+    simulate = f"python {ROOT}/examples/simulate.py {project} --micrographs 8 --particles 30"
     scripts = [f"bash {ROOT}/examples/{name}.sh {project}" for name in
                ("score", "train_from_select", "rethreshold")]  # fmt: skip
     for command in (simulate, *scripts):
