@@ -11,6 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from making import made_set
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from relion_cryofilter.evaluation import curves, evaluate
@@ -119,7 +120,7 @@ def test_a_drawing_that_fails_leaves_the_old_picture(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(Figure, "savefig", fail)
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", fail)
     with pytest.raises(OSError, match="disk full"):
         charts.Chart("a", "", "", "", lambda axes: None).save(tmp_path)
     assert (tmp_path / "a.png").read_bytes() == b"old"

@@ -87,10 +87,9 @@ class Chart:
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=SIZE_INCH, dpi=DOTS_PER_INCH, layout="constrained")
-        FigureCanvasAgg(figure)
         self.draw(figure.add_subplot())
         with replacing(folder / f"{self.name}.png") as file:
-            figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
+            FigureCanvasAgg(figure).print_png(file)  # savefig draws everything twice
 
 
 def score_charts(histogram: Histogram, cuts: Cuts) -> list[Chart]:

@@ -293,6 +293,7 @@ def write_html(
 
 def _sections_of(pages: Sequence[ChartPage]) -> str:
     """Return charts as HTML, under a title for each group."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     charts, group = "", ""
@@ -302,7 +303,8 @@ def _sections_of(pages: Sequence[ChartPage]) -> str:
         names = _escaped("; ".join(chart.title for chart in page.charts))
         notes = _escaped(" ".join(dict.fromkeys(chart.note for chart in page.charts)))
         file = io.BytesIO()
-        page.figure.savefig(file, format="png", dpi=DOTS_PER_INCH)
+        page.figure.set_dpi(DOTS_PER_INCH)
+        FigureCanvasAgg(page.figure).print_png(file)  # savefig draws everything twice
         source = _data_uri(Image.open(file).convert("RGB").quantize(COLOURS))
         charts += (
             f'<section>{title}<figure><img alt="{names}" src="{source}">'
