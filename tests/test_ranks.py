@@ -1,5 +1,6 @@
 """Two processes that share one job, as torchrun and srun start them (gloo, on one machine)."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -29,8 +30,13 @@ def scoring(tmp_path, monkeypatch):
     star = write_project(tmp_path, n_micrographs=5, per_micrograph=21)
     return [
         "score", "--in_parts", str(star), "--weights", "model.safetensors", "--any_contrast",
-        "--j", "1",
+        "--j", "1", "--threshold", "keep=0.5",
     ]  # fmt: skip
+
+
+def averages(folder):
+    """Return the averages of rejected and other particles in a report."""
+    return re.findall(r"<h2>Averages of .*?</figure>", Path(folder, "report.html").read_text())
 
 
 @pytest.mark.slow
@@ -42,6 +48,8 @@ def test_two_processes_give_what_one_gives_and_use_all_scores_again(scoring):
     assert two.stdout.count("Results are in two/") == 1
     for name in NAMES:
         assert Path("one", name).read_bytes() == Path("two", name).read_bytes(), name
+    assert averages("one") == averages("two")
+    assert len(averages("one")) == 2
     assert Path("two/RELION_JOB_EXIT_SUCCESS").exists()
     assert sorted(path.name for path in Path("two").glob("*.journal")) == [
         "score_cache.journal", "score_cache_1.journal",
@@ -51,6 +59,7 @@ def test_two_processes_give_what_one_gives_and_use_all_scores_again(scoring):
     assert "were known: " in again.stdout
     assert "Scored" not in again.stdout
     assert Path("two/particles.star").read_bytes() == first
+    assert averages("two") == averages("one")
 
 
 @pytest.mark.slow
