@@ -34,7 +34,7 @@ DIRECTIONS, SAMPLE, GROUPS = 12, 1000, 40
 FEWEST_TRAINED, FEWEST_GROUPS, FEWEST_IN_GROUP = 5, 4, 10
 FLOOR, FLOOR_WITHOUT_MICROGRAPHS = 0.1, 0.3
 """Least spread of micrographs, in standard deviations of the particles of one."""
-OUTSIDE, FAR = 1.1, 0.6
+OUTSIDE, FAR = 1.2, 0.6
 """A micrograph is outside at this many times the usual distance, a set is far at this share."""
 
 log = logging.getLogger("relion_cryofilter")
