@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from scipy.spatial.transform import Rotation
 
 from relion_cryofilter.particles.particles import read_particles
+from relion_cryofilter.particles.poses import views_of_angles, views_of_poses
 from relion_cryofilter.particles.tables import read_particle_file
-from relion_cryofilter.particles.views import views_of_angles, views_of_poses
 from relion_cryofilter.relion import job
 from relion_cryofilter.results.loss_charts import CLASSES, VIEWS
 from relion_cryofilter.results.summaries import classes_of, good_lost

@@ -19,7 +19,7 @@ from relion_cryofilter.errors import CryoFilterError, CryoSparcError, bounded
 from relion_cryofilter.files import SCORE_LABEL, remove, replacing
 from relion_cryofilter.inputs import open_input, parse_json, seen
 from relion_cryofilter.particles.particles import OpticsGroup, ParticleSet, numbered, particle_set
-from relion_cryofilter.particles.views import views_of_poses
+from relion_cryofilter.particles.poses import views_of_poses
 
 log = logging.getLogger("relion_cryofilter")
 

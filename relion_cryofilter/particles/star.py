@@ -35,9 +35,9 @@ import numpy as np
 from relion_cryofilter.errors import StarError, bounded
 from relion_cryofilter.files import SCORE_LABEL, remove, replacing
 from relion_cryofilter.inputs import Identity, identity_of, reading
+from relion_cryofilter.particles.poses import views_of_angles
 from relion_cryofilter.particles.signatures import STAR
 from relion_cryofilter.particles.stacks import kind_of_file
-from relion_cryofilter.particles.views import views_of_angles
 
 IMAGE_NAME = "rlnImageName"
 MICROGRAPH_NAME = "rlnMicrographName"
