@@ -304,7 +304,8 @@ def _sections_of(pages: Sequence[ChartPage]) -> str:
         notes = _escaped(" ".join(dict.fromkeys(chart.note for chart in page.charts)))
         file = io.BytesIO()
         page.figure.set_dpi(DOTS_PER_INCH)
-        FigureCanvasAgg(page.figure).print_png(file)  # savefig draws everything twice
+        canvas: Any = FigureCanvasAgg(page.figure)  # its savefig draws everything twice
+        canvas.print_png(file)
         source = _data_uri(Image.open(file).convert("RGB").quantize(COLOURS))
         charts += (
             f'<section>{title}<figure><img alt="{names}" src="{source}">'
