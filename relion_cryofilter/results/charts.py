@@ -89,7 +89,7 @@ class Chart:
         figure = Figure(figsize=SIZE_INCH, dpi=DOTS_PER_INCH, layout="constrained")
         self.draw(figure.add_subplot())
         with replacing(folder / f"{self.name}.png") as file:
-            canvas: Any = FigureCanvasAgg(figure)  # its savefig draws everything twice
+            canvas: Any = FigureCanvasAgg(figure)  # figure.savefig draws everything twice
             canvas.print_png(file)
 
 

@@ -304,7 +304,7 @@ def _sections_of(pages: Sequence[ChartPage]) -> str:
         notes = _escaped(" ".join(dict.fromkeys(chart.note for chart in page.charts)))
         file = io.BytesIO()
         page.figure.set_dpi(DOTS_PER_INCH)
-        canvas: Any = FigureCanvasAgg(page.figure)  # its savefig draws everything twice
+        canvas: Any = FigureCanvasAgg(page.figure)  # figure.savefig draws everything twice
         canvas.print_png(file)
         source = _data_uri(Image.open(file).convert("RGB").quantize(COLOURS))
         charts += (
