@@ -21,7 +21,8 @@ from relion_cryofilter.relion import job
 JOB = making.JOB
 HEAD = f"""
 import ctypes, os, signal, sys, time
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which tests may run, ignores it
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):  # ignored under nohup, and behind "&"
+    signal.signal(number, signal.SIG_DFL)
 sys.path.insert(0, {str(ROOT)!r})
 from relion_cryofilter import commands
 from relion_cryofilter.relion import job
