@@ -12,7 +12,8 @@ import numpy as np
 import starfile
 from picks import BOX, Truth
 
-from relion_cryofilter.files import ACCEPTED, MODEL, PARTICLES
+from relion_cryofilter.files import ACCEPTED, MODEL
+from relion_cryofilter.files import ALL as SCORED
 from relion_cryofilter.particles.particles import ParticleSet, read_particles
 
 PICKS_STAR = "Extract/job001/particles.star"
@@ -75,7 +76,7 @@ def _run(project: Path, words: str) -> None:
 
 def _accepted(project: Path, particles: ParticleSet, folder: str, words: str) -> np.ndarray:
     """Return (n,) what a score job accepts, which is run where it has not been yet."""
-    if not (project / folder / PARTICLES).exists():
+    if not (project / folder / SCORED).exists():
         _run(project, words)
     row_of = {particles.image_name(row): row for row in range(len(particles))}
     kept = np.zeros(len(particles), bool)
