@@ -20,6 +20,10 @@ import mrcfile
 import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "quality"))
+
+from sets import FLIPS, LabelledImages
+
 from relion_cryofilter.simulate import simulate_images
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,21 +38,16 @@ def make(folder: Path, n: int) -> tuple[Path, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(1)
     made = simulate_images(0, min(n, SIMULATED), BOX, SNR)
-    labels = np.resize(made.labels.astype(bool), n)
-    labels[rng.permutation(n)[: n // 10]] ^= True
+    of = np.arange(n) % len(made.labels)
     with mrcfile.new_mmap(folder / "all.mrcs", (n, BOX, BOX), mrc_mode=2) as stack:
         stack.set_image_stack()
         for first in range(0, n, SIMULATED):
             part = made.images[: min(SIMULATED, n - first)]
             noise = rng.normal(size=part.shape).astype(np.float32) if first else 0
             stack.data[first : first + len(part)] = part + 0.5 * noise
-    head = "data_particles\n\nloop_\n_rlnImageName #1\n_rlnMicrographName #2\n"
-    for path, kind in ((good, True), (bad, False)):
-        rows = np.flatnonzero(labels == kind).tolist()
-        path.write_text(head + "".join(
-            f"{row + 1:06d}@{(folder / 'all.mrcs').resolve()} {row // PICKS:05d}.mrc\n"
-            for row in rows
-        ))  # fmt: skip
+    names = np.array([f"{row // PICKS:05d}.mrc" for row in range(n)])
+    data = LabelledImages(str(n), folder / "all.mrcs", names, made.labels[of] == 1, made.kinds[of])
+    data.write_labels(folder, np.arange(n), data.noisy_labels(0.1, 0, FLIPS))
     return good, bad
 
 

@@ -33,15 +33,17 @@ def run(*_):
 TAIL = """
     return ()
 commands.run = run
+job._GRACE_S = {grace_s}
 sys.exit(job.main())
 """
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 SIGNALS = ("TERM", "HUP", "INT", "QUIT", "USR1", "USR2", "XCPU", "ALRM", "VTALRM", "PROF", "RTMIN")
 
 
-def program(work: str) -> list[str]:
+def program(work: str, grace_s: float = job._GRACE_S) -> list[str]:
     """Return a command line that does `work` as a job, guarded like one, without loading torch."""
     lines = "\n".join(f"    {line}" for line in work.splitlines())
-    return [sys.executable, "-c", HEAD + lines + TAIL]
+    return [sys.executable, "-c", f"{HEAD}{lines}{TAIL.format(grace_s=grace_s)}"]
 
 
 def exits() -> list[str]:
@@ -59,8 +61,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", SIGNALS)
 def test_any_signal_that_a_queue_may_send_leaves_failure_however_often_it_comes(folder, name):
     number = getattr(signal, f"SIG{name}")
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with started(program("time.sleep(60)"), **options) as running:
+    with started(program("time.sleep(60)"), **PIPES) as running:
         assert "working" in running.stdout.readline()
         for _ in range(6):
             running.send_signal(number)
@@ -96,10 +97,8 @@ def test_a_job_that_spins_in_a_library_is_ended_after_a_while(folder):
         "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
         "print(flush=True)\nwhile True: pass"
     )
-    words = program(work)
-    words[2] = words[2].replace("sys.argv", "job._GRACE_S = 0.5; sys.argv")
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with started(words, **options) as running:
+    words = program(work, grace_s=0.5)
+    with started(words, **PIPES) as running:
         running.stdout.readline()
         running.stdout.readline()
         running.send_signal(signal.SIGTERM)
@@ -111,10 +110,8 @@ def test_a_job_that_spins_in_a_library_is_ended_after_a_while(folder):
 
 def test_a_queue_that_signals_all_processes_is_told_once_though_threads_end_late(folder):
     work = "import atexit; atexit.register(time.sleep, 20); print(flush=True); time.sleep(60)"
-    words = program(work)
-    words[2] = words[2].replace("sys.argv", "job._GRACE_S = 0.5; sys.argv")
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with started(words, **options) as running:
+    words = program(work, grace_s=0.5)
+    with started(words, **PIPES) as running:
         running.stdout.readline()
         running.stdout.readline()
         os.killpg(running.pid, signal.SIGTERM)

@@ -40,6 +40,8 @@ from relion_cryofilter.particles.splits import split_by_micrograph
 from relion_cryofilter.progress import Progress
 from relion_cryofilter.relion import job
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 
 def trainer_of(tmp_path, images, labels, split, **settings):
     torch.manual_seed(0)
@@ -200,8 +202,6 @@ def test_the_temperature_of_overconfident_logits_is_found(true):
     labels = rng.random(20_000) < 1 / (1 + np.exp(-logits))
     assert fit_temperature(logits * true, labels) == pytest.approx(true, rel=0.07)
 
-
-pytestmark = pytest.mark.usefixtures("without_report")
 
 OUTPUTS = [
     "model.safetensors", "history.csv", "checkpoints", "metrics.json", "predictions.csv",

@@ -14,12 +14,14 @@ import argparse
 import gzip
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import mrcfile
 import numpy as np
+import pandas as pd
 import starfile
 from sets import LabelledImages, map_molecule, read_set, write_set
 
@@ -41,10 +43,11 @@ MOLECULE, SECOND, SIZE, BOX, SMALL = "1u6g", "5gjv", 0.44, 192, 48
 MICROGRAPHS, PICKS, SECOND_SHARE = 48, 84, 0.08
 MASK = 1.35  # mask diameter / particle diameter
 KEPT = Path(__file__).resolve().parent / "classes"
-REFINE = (
-    "--K 16 --oversampling 0 --psi_step 15 --offset_range 2 --offset_step 1 --iter 14 --ctf "
-    "--preread_images --pool 100 --dont_combine_weights_via_disc --norm --scale --zero_mask "
-    "--flatten_solvent --tau2_fudge 2 --random_seed 1"
+CLASSES, ITERATIONS = 16, 14
+CLASSIFY = (
+    "--oversampling 0 --psi_step 15 --offset_range 2 --offset_step 1 --ctf --preread_images "
+    "--pool 100 --dont_combine_weights_via_disc --norm --scale --zero_mask --flatten_solvent "
+    "--tau2_fudge 2 --random_seed 1"
 )
 
 
@@ -62,11 +65,51 @@ def class_numbers(data: LabelledImages) -> np.ndarray:
     with gzip.open(_kept(data.name)) as file, NamedTemporaryFile(suffix=".star") as star:
         shutil.copyfileobj(file, star)
         star.flush()
-        table = starfile.read(star.name)["particles"]
-    order = table["rlnImageName"].str.partition("@")[0].astype(int).to_numpy() - 1
+        rows, table = particles_of_one_stack(Path(star.name))
     classes = np.zeros(len(data.good), np.int64)
-    classes[order] = table["rlnClassNumber"]
+    classes[rows] = table["rlnClassNumber"]
     return classes
+
+
+def particles_of_one_stack(star: Path) -> tuple[np.ndarray, pd.DataFrame]:
+    """Return a RELION file's particles, and which image of their stack each is, 0-based."""
+    table = starfile.read(star)["particles"]
+    return table["rlnImageName"].str.partition("@")[0].astype(int).to_numpy() - 1, table
+
+
+def particles_star(
+    stack: str, micrographs: Sequence[str], defoci: np.ndarray, pixel_size: float, box: int
+) -> str:
+    """Return a RELION 3.1 file of the n images of one stack; `defoci` (n, 3) are u, v and angle."""
+    optics = "data_optics\n\nloop_\n" + "".join(
+        f"_rln{label}\n"
+        for label in ("OpticsGroupName", "OpticsGroup", "Voltage", "SphericalAberration",
+                      "AmplitudeContrast", "ImagePixelSize", "ImageSize", "ImageDimensionality")
+    ) + f"opticsGroup1 1 300 2.7 0.1 {pixel_size:.5f} {box} 2\n"  # fmt: skip
+    labels = ("ImageName", "MicrographName", "DefocusU", "DefocusV", "DefocusAngle", "OpticsGroup")
+    head = "\n\ndata_particles\n\nloop_\n" + "".join(f"_rln{label}\n" for label in labels)
+    rows = "".join(
+        f"{row + 1:06d}@{stack} {name} {du:.1f} {dv:.1f} {angle:.2f} 1\n"
+        for row, (name, (du, dv, angle)) in enumerate(zip(micrographs, defoci))
+    )
+    return optics + head + rows + "\n"
+
+
+def shrunk(images: np.ndarray, side: int) -> np.ndarray:
+    """Return images (n, side, side) shrunk in Fourier space, background of mean 0 and sigma 1."""
+    v, u = np.indices((side, side)) - side // 2
+    outside, shift = np.hypot(u, v) > 0.75 * side / 2, (images.shape[1] - side) // 2
+    small = np.empty((len(images), side, side), np.float32)
+    for row, image in enumerate(images):
+        whole = np.fft.fftshift(np.fft.fft2(image))[shift : shift + side, shift : shift + side]
+        part = np.fft.ifft2(np.fft.ifftshift(whole)).real
+        small[row] = (part - part[outside].mean()) / part[outside].std()
+    return small
+
+
+def mostly_good(classes: np.ndarray, good: np.ndarray) -> np.ndarray:
+    """Return (k + 1,) True for classes, 0 to k, that hold more particles than junk."""
+    return np.asarray(np.bincount(classes, good) > np.bincount(classes) / 2)
 
 
 def class_labels(data: LabelledImages, mistake: bool = False) -> np.ndarray:
@@ -75,10 +118,9 @@ def class_labels(data: LabelledImages, mistake: bool = False) -> np.ndarray:
     With a `mistake`, also in the class that has most of the second molecule.
     """
     classes = class_numbers(data)
-    of_each = [np.bincount(classes, kinds, 17) for kinds in (data.good, data.kinds == "other")]
-    kept = of_each[0] > np.bincount(classes, minlength=17) / 2
+    kept = mostly_good(classes, data.good)
     if mistake:
-        kept[np.where(kept, 0, of_each[1]).argmax()] = True
+        kept[np.where(kept, 0, np.bincount(classes, data.kinds == "other")).argmax()] = True
     return np.asarray(kept[classes])
 
 
@@ -126,32 +168,14 @@ def classify(name: str, maps: Path, work: Path, threads: int) -> None:
     folder = work / "classification" / data.stack.stem
     folder.mkdir(parents=True, exist_ok=True)
 
-    # Images shrunk in Fourier space, background of mean 0 and standard deviation 1.
-    images = data.images(np.arange(len(data.good)))
-    v, u = np.indices((SMALL, SMALL)) - SMALL // 2
-    outside, shift = np.hypot(u, v) > 0.75 * SMALL / 2, (BOX - SMALL) // 2
-    small = np.empty((len(images), SMALL, SMALL), np.float32)
-    for row, image in enumerate(images):
-        whole = np.fft.fftshift(np.fft.fft2(image))[shift : shift + SMALL, shift : shift + SMALL]
-        shrunk = np.fft.ifft2(np.fft.ifftshift(whole)).real
-        small[row] = (shrunk - shrunk[outside].mean()) / shrunk[outside].std()
+    small = shrunk(data.images(np.arange(len(data.good))), SMALL)
     mrcfile.write(folder / "small.mrcs", small, overwrite=True, voxel_size=pixel_size)
-
-    optics = "data_optics\n\nloop_\n" + "".join(
-        f"_rln{label}\n"
-        for label in ("OpticsGroupName", "OpticsGroup", "Voltage", "SphericalAberration",
-                      "AmplitudeContrast", "ImagePixelSize", "ImageSize", "ImageDimensionality")
-    ) + f"opticsGroup1 1 300 2.7 0.1 {pixel_size:.5f} {SMALL} 2\n"  # fmt: skip
-    labels = ("ImageName", "MicrographName", "DefocusU", "DefocusV", "DefocusAngle", "OpticsGroup")
-    rows = "".join(
-        f"{row + 1:06d}@small.mrcs {name} {du:.1f} {dv:.1f} {angle:.2f} 1\n"
-        for row, (name, (du, dv, angle)) in enumerate(zip(data.micrographs, facts["defoci"]))
+    (folder / "particles.star").write_text(
+        particles_star("small.mrcs", data.micrographs, facts["defoci"], pixel_size, SMALL)
     )
-    head = "\n\ndata_particles\n\nloop_\n" + "".join(f"_rln{label}\n" for label in labels)
-    (folder / "particles.star").write_text(optics + head + rows + "\n")
-
     mask = MASK * SIZE * BOX * float(facts["pixel_size"])
-    command = ["relion_refine", "--i", "particles.star", "--o", "./run", *REFINE.split()]
+    command = ["relion_refine", "--i", "particles.star", "--o", "./run", *CLASSIFY.split()]
+    command += ["--K", str(CLASSES), "--iter", str(ITERATIONS)]
     command += ["--particle_diameter", f"{mask:.0f}", "--j", str(threads)]
     with (folder / "run.out").open("w") as out:
         subprocess.run(command, cwd=folder, check=True, stdout=out, stderr=subprocess.STDOUT)

@@ -15,10 +15,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "quality"))
+
 from arms import arms
+from map_table import plot, report
 from picks import picks
 from refine import Map, refined
-from table import plot, report
 
 
 def main() -> None:

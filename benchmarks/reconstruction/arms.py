@@ -10,19 +10,14 @@ from pathlib import Path
 import mrcfile
 import numpy as np
 import starfile
-from picks import BOX, Truth
+from classes import CLASSIFY, mostly_good, particles_of_one_stack, shrunk
+from picks import BOX, PICKS_STAR, STACK, Truth
 
 from relion_cryofilter.files import ACCEPTED, MODEL
 from relion_cryofilter.files import ALL as SCORED
 from relion_cryofilter.particles.particles import ParticleSet, read_particles
 
-PICKS_STAR = "Extract/job001/particles.star"
 SMALL, CLASSES, ITERATIONS = 44, 20, 20
-CLASSIFY = (
-    f"--K {CLASSES} --iter {ITERATIONS} --oversampling 0 --psi_step 15 --offset_range 2 "
-    "--offset_step 1 --ctf --preread_images --pool 100 --dont_combine_weights_via_disc --norm "
-    "--scale --zero_mask --flatten_solvent --tau2_fudge 2 --random_seed 1"
-)
 MASK = 1.2
 """Mask diameter / particle diameter."""
 ALL, SELECTED, TRAINED = "all picks", "2D classes", "2D classes, then trained on them"
@@ -37,8 +32,7 @@ def arms(project: Path, truth: Truth, threads: int) -> dict[str, np.ndarray]:
     """
     n = len(truth.kinds)
     classes = _classes(project, truth, threads)
-    counts = [np.bincount(classes, weights, CLASSES + 1) for weights in (truth.good, None)]
-    selected = (counts[0] > counts[1] / 2)[classes]
+    selected = mostly_good(classes, truth.good)[classes]
     particles = read_particles(project / PICKS_STAR)
     assert particles.table is not None
     labels = {project / "labels/good.star": selected, project / "labels/bad.star": ~selected}
@@ -92,20 +86,10 @@ def _classes(project: Path, truth: Truth, threads: int) -> np.ndarray:
     last = folder / f"run_it{ITERATIONS:03d}_data.star"
     if not last.exists():
         folder.mkdir(exist_ok=True)
-        with mrcfile.open(project / "Extract/job001/picks.mrcs") as file:
-            images = np.asarray(file.data)
-        shift = (BOX - SMALL) // 2
-        whole = np.fft.fftshift(np.fft.fft2(images), axes=(1, 2))
-        whole = whole[:, shift : shift + SMALL, shift : shift + SMALL]
-        small = np.fft.ifft2(np.fft.ifftshift(whole, axes=(1, 2))).real
-        v, u = np.indices((SMALL, SMALL)) - SMALL // 2
-        outside = small[:, np.hypot(u, v) > 0.75 * SMALL / 2]
-        small -= outside.mean(axis=1)[:, None, None]
-        small /= outside.std(axis=1)[:, None, None]
+        with mrcfile.open(project / STACK) as file:
+            small = shrunk(np.asarray(file.data), SMALL)
         pixel_size = truth.pixel_size * BOX / SMALL
-        mrcfile.write(
-            folder / "small.mrcs", small.astype(np.float32), overwrite=True, voxel_size=pixel_size
-        )
+        mrcfile.write(folder / "small.mrcs", small, overwrite=True, voxel_size=pixel_size)
         tables = starfile.read(project / PICKS_STAR)
         tables["optics"]["rlnImagePixelSize"], tables["optics"]["rlnImageSize"] = pixel_size, SMALL
         names = tables["particles"]["rlnImageName"].str.partition("@")[0]
@@ -113,10 +97,11 @@ def _classes(project: Path, truth: Truth, threads: int) -> np.ndarray:
         starfile.write(tables, folder / "particles.star", overwrite=True)
         relion(
             ["relion_refine", "--i", "Class2D/particles.star", "--o", "Class2D/run"],
-            f"{CLASSIFY} --particle_diameter {MASK * truth.diameter:.0f} --j {threads}", project,
+            f"{CLASSIFY} --K {CLASSES} --iter {ITERATIONS} --particle_diameter "
+            f"{MASK * truth.diameter:.0f} --j {threads}",
+            project,
         )  # fmt: skip
-    table = starfile.read(last)["particles"]
-    rows = table["rlnImageName"].str.partition("@")[0].astype(int).to_numpy() - 1
+    rows, table = particles_of_one_stack(last)
     classes = np.zeros(len(truth.kinds), np.int64)
     classes[rows] = table["rlnClassNumber"]
     return classes

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mrcfile
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quality"))
-
+from classes import particles_star
 from sets import map_molecule
 
 from relion_cryofilter.files import replacing, write_text
@@ -26,16 +23,15 @@ MOLECULE, BOX, SIZE, SNR, JUNK = "4v4r_30S", 64, 0.58, 0.03, 0.5
 MICROGRAPHS, PICKS, SEED = 100, 84, 401
 VIEWS, PREFERRED = 500, 0.3
 """Directions that particles are seen from; two of them have this share each."""
-STACK = "Extract/job001/picks.mrcs"
-OPTICS = ("OpticsGroupName", "OpticsGroup", "Voltage", "SphericalAberration", "AmplitudeContrast",
-          "ImagePixelSize", "ImageSize", "ImageDimensionality")  # fmt: skip
-LABELS = ("ImageName", "MicrographName", "CoordinateX", "CoordinateY", "DefocusU", "DefocusV",
-          "DefocusAngle", "OpticsGroup")  # fmt: skip
+STACK, PICKS_STAR = "Extract/job001/picks.mrcs", "Extract/job001/particles.star"
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of n picks: `kinds`, `micrographs` (n,), `rotations` (n, 3, 3), Å/px."""
+    """What is known of n picks: `kinds`, `micrographs` (n,), `rotations` (n, 3, 3), Å/px, Å.
+
+    A point p of the map is seen at the first two coordinates of R p, as RELION has it.
+    """
 
     kinds: np.ndarray
     micrographs: np.ndarray
@@ -66,45 +62,34 @@ def picks(maps: Path, project: Path) -> Truth:
     pixel_size = molecule.diameter_angstrom / (SIZE * BOX)
     if not table.exists():
         (project / STACK).parent.mkdir(parents=True, exist_ok=True)
-        images, kinds, rotations, rows = [], [], [], []
         made = extracted_micrographs(
             np.random.default_rng(SEED), [molecule], [PICKS] * MICROGRAPHS,
             Boxes(BOX, pixel_size, JUNK), SNR,
         )  # fmt: skip
-        for number, (boxes, found, optics) in enumerate(made):
-            assert found.rotation is not None
-            for x, y in zip(found.x, found.y):
-                rows.append(
-                    f"{len(rows) + 1:06d}@{STACK} mic{number:03d}.mrc {x:.2f} {y:.2f} "
-                    f"{optics.defocus_u_angstrom:.1f} {optics.defocus_v_angstrom:.1f} "
-                    f"{optics.defocus_angle_degrees:.2f} 1\n"
-                )
-            images.append(boxes)
-            kinds.append(found.kind)
-            rotations.append(found.rotation)
+        images, found, optics = zip(*made)
         mrcfile.write(
             project / STACK, np.concatenate(images), overwrite=True, voxel_size=pixel_size
         )
-        head = _loop("optics", OPTICS) + f"opticsGroup1 1 300 2.7 0.1 {pixel_size:.5f} {BOX} 2\n\n"
+        micrographs = np.repeat(np.arange(MICROGRAPHS), PICKS)
+        names = [f"mic{number:03d}.mrc" for number in micrographs.tolist()]
+        defoci = [[p.defocus_u_angstrom, p.defocus_v_angstrom, p.defocus_angle_degrees]
+                  for p in optics]  # fmt: skip
         write_text(
-            project / "Extract/job001/particles.star",
-            head + _loop("particles", LABELS) + "".join(rows) + "\n",
+            project / PICKS_STAR,
+            particles_star(STACK, names, np.repeat(defoci, PICKS, axis=0), pixel_size, BOX),
         )
         write_map(project / "truth.mrc", molecule, pixel_size)
         with replacing(table) as file:
             np.savez(
-                file, kinds=np.concatenate(kinds), rotations=np.concatenate(rotations),
-                micrographs=np.repeat(np.arange(MICROGRAPHS), PICKS),
+                file, kinds=np.concatenate([part.kind for part in found]),
+                rotations=np.concatenate([part.rotation for part in found]),
+                micrographs=micrographs,
             )  # fmt: skip
     facts = np.load(table)
     return Truth(
         facts["kinds"], facts["micrographs"], facts["rotations"], pixel_size,
         molecule.diameter_angstrom,
     )  # fmt: skip
-
-
-def _loop(block: str, labels: tuple[str, ...]) -> str:
-    return f"data_{block}\n\nloop_\n" + "".join(f"_rln{label}\n" for label in labels)
 
 
 def write_map(path: Path, molecule: Molecule, pixel_size: float) -> None:
@@ -124,26 +109,3 @@ def write_map(path: Path, molecule: Molecule, pixel_size: float) -> None:
     blur = np.exp(-2 * (np.pi * ATOM_SIGMA_ANGSTROM) ** 2 * squared)
     blurred = np.fft.ifftn(np.fft.fftn(grid) * blur).real
     mrcfile.write(path, blurred.astype(np.float32), overwrite=True, voxel_size=pixel_size)
-
-
-def euler_angles(rotations: np.ndarray) -> np.ndarray:
-    """Return RELION's rot, tilt and psi (n, 3), degrees, of rotations (n, 3, 3).
-
-    The inverse of ``Euler_angles2matrix`` of src/euler.cpp: a point p of the map is seen at the
-    first two coordinates of R p.
-    """
-    tilt = np.arccos(np.clip(rotations[:, 2, 2], -1, 1))
-    rot = np.arctan2(rotations[:, 2, 1], rotations[:, 2, 0])
-    psi = np.arctan2(rotations[:, 1, 2], -rotations[:, 0, 2])
-    return np.rad2deg(np.stack([rot, tilt, psi], axis=1))
-
-
-def rotation_matrices(angles_degrees: np.ndarray) -> np.ndarray:
-    """Return rotations (n, 3, 3) of RELION's rot, tilt and psi (n, 3)."""
-    (ca, cb, cg), (sa, sb, sg) = (f(np.deg2rad(angles_degrees)).T for f in (np.cos, np.sin))
-    rows = [
-        [cg * cb * ca - sg * sa, cg * cb * sa + sg * ca, -cg * sb],
-        [-sg * cb * ca - cg * sa, -sg * cb * sa + cg * ca, sg * sb],
-        [sb * ca, sb * sa, cb],
-    ]
-    return np.moveaxis(np.array(rows), -1, 0)

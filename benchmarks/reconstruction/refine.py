@@ -8,9 +8,10 @@ from pathlib import Path
 
 import mrcfile
 import numpy as np
-import starfile
-from arms import MASK, PICKS_STAR, relion
-from picks import BOX, Truth, rotation_matrices
+from arms import MASK, relion
+from classes import particles_of_one_stack
+from picks import BOX, PICKS_STAR, Truth
+from scipy.spatial.transform import Rotation
 
 from relion_cryofilter.particles.particles import read_particles
 
@@ -57,16 +58,20 @@ def refined(name: str, kept: np.ndarray, truth: Truth, project: Path, seed: int)
         )  # fmt: skip
     halves = [_read(folder / f"run_half{half}_class001_unfil.mrc") for half in (1, 2)]
     mask = _soft_sphere(MASK * truth.diameter / truth.pixel_size / 2)
-    table = starfile.read(folder / "run_data.star")["particles"]
-    rows = table["rlnImageName"].str.partition("@")[0].astype(int).to_numpy() - 1
-    found = rotation_matrices(table[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]].to_numpy())
-    trace = np.einsum("nij,nij->n", found, truth.rotations[rows])
-    angles = np.rad2deg(np.arccos(np.clip((trace - 1) / 2, -1, 1)))
+    rows, table = particles_of_one_stack(folder / "run_data.star")
+    found = rotations_of(table[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]].to_numpy())
+    turn = found * Rotation.from_matrix(truth.rotations[rows]).inv()
+    angles = np.rad2deg(turn.magnitude())
     return Map(
         fsc(halves[0] * mask, halves[1] * mask),
         fsc((halves[0] + halves[1]) * mask, _read(project / "truth.mrc") * mask),
         float(np.median(angles[truth.good[rows]])),
     )
+
+
+def rotations_of(angles_degrees: np.ndarray) -> Rotation:
+    """Return the n rotations of RELION's rot, tilt and psi (n, 3): its ``Euler_angles2matrix``."""
+    return Rotation.from_euler("ZYZ", angles_degrees, degrees=True).inv()
 
 
 def _read(path: Path) -> np.ndarray:

@@ -52,6 +52,11 @@ class Origin:
         """Return the part in `rows`."""
         return replace(self, rows=self.rows[rows], classes=self.classes[rows])
 
+    def views(self) -> np.ndarray | None:
+        """Return the directions (n, 3) that the particles are seen from, None without poses."""
+        seen = self.table.views()
+        return None if seen is None else seen[self.rows]
+
 
 @dataclass(frozen=True)
 class LabelledSet:

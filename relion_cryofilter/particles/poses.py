@@ -24,12 +24,8 @@ def views_of_poses(poses: NDArray[Any]) -> Floats:
     """Return the viewing directions (n, 3) of CryoSPARC's poses (n, 3), axis times radians.
 
     RELION's rotation matrix is that of the pose turned back (pyem, ``geom.expmap``), so its third
-    row is what the pose makes of the z axis (Rodrigues).
+    row is what the pose makes of the z axis.
     """
-    poses = np.asarray(poses, np.float64)
-    angle = np.linalg.norm(poses, axis=1, keepdims=True)
-    axis, z = poses / np.maximum(angle, 1e-12), np.array([0.0, 0.0, 1.0])
-    return np.asarray(
-        z * np.cos(angle) + np.cross(axis, z) * np.sin(angle)
-        + axis * axis[:, 2:] * (1 - np.cos(angle))
-    )  # fmt: skip
+    from scipy.spatial.transform import Rotation  # slow to import
+
+    return np.asarray(Rotation.from_rotvec(poses).apply((0, 0, 1)))

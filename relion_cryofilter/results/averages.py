@@ -54,6 +54,11 @@ class Averages:
     looked_at: int
     n: int
 
+    @property
+    def title(self) -> str:
+        """What they are averages of."""
+        return f"Averages of {self.looked_at:,} of {self.n:,} {self.group} particles"
+
 
 def averages_of(
     particles: ParticleSet, model: Model, chosen: Chosen, usable: Rows, threads: int

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import takewhile
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from relion_cryofilter.progress import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from relion_cryofilter.evaluation import Curves, Evaluation
     from relion_cryofilter.results.summaries import (
@@ -83,14 +84,21 @@ class Chart:
 
     def save(self, folder: Path) -> None:
         """Write the PNG file into a folder that exists, complete or not at all."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=SIZE_INCH, dpi=DOTS_PER_INCH, layout="constrained")
+        figure = Figure(figsize=SIZE_INCH, layout="constrained")
         self.draw(figure.add_subplot())
         with replacing(folder / f"{self.name}.png") as file:
-            canvas: Any = FigureCanvasAgg(figure)  # figure.savefig draws everything twice
-            canvas.print_png(file)
+            write_png(figure, file, DOTS_PER_INCH)
+
+
+def write_png(figure: Figure, file: BinaryIO, dots_per_inch: int) -> None:
+    """Write a figure that is drawn once; its own `savefig` draws everything twice."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(dots_per_inch)
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(file)
 
 
 def score_charts(histogram: Histogram, cuts: Cuts) -> list[Chart]:

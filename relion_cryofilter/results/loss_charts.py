@@ -25,8 +25,7 @@ def average_chart(averages: Averages) -> Chart:
     """Return the chart of the averages of one group."""
     name = averages.group
     group = f"Averages of {'rejected' if name == 'rejected' else 'other'} particles"
-    title = f"Averages of {averages.looked_at:,} of {averages.n:,} {name} particles"
-    return AVERAGES.of(averages, name=f"averages_{name}", group=group, title=title)
+    return AVERAGES.of(averages, name=f"averages_{name}", group=group, title=averages.title)
 
 
 def _draw_averages(axes: Axes, averages: Averages) -> None:
@@ -49,9 +48,7 @@ def _draw_averages(axes: Axes, averages: Averages) -> None:
         axes.text(left + 0.5, top + 1.03, said, ha="center", va="top", fontsize="small",
                   color="black" if average.has_signal else GREY)  # fmt: skip
     axes.set(xlim=(0, CELL[1] * columns), ylim=(CELL[0] * ROWS, 0), aspect="equal")
-    axes.set_title(
-        f"Averages of {averages.looked_at:,} of {averages.n:,} {averages.group} particles"
-    )
+    axes.set_title(averages.title)
     axes.axis("off")
 
 

@@ -32,7 +32,7 @@ from relion_cryofilter.particles.star import CLASS_NUMBER
 from relion_cryofilter.processes import versions
 from relion_cryofilter.progress import counted, duration
 from relion_cryofilter.results import charts, loss_charts, summaries
-from relion_cryofilter.results.averages import averages_of
+from relion_cryofilter.results.averages import Averages, averages_of
 from relion_cryofilter.results.report_files import Pictures, Report
 from relion_cryofilter.results.views import Views, views_of
 from relion_cryofilter.thresholds import CURVE, Chosen, share_interval
@@ -94,10 +94,7 @@ def score_report(
         histogram=histogram,
         charts=[
             *charts.score_charts(histogram, cuts),
-            *map(loss_charts.average_chart, averages),
-            *([loss_charts.CLASSES.of(classes)] if classes else []),
-            *charts.set_charts(micrographs, trends),
-            *([loss_charts.VIEWS.of(views)] if views else []),
+            *_loss_charts(averages, classes, charts.set_charts(micrographs, trends), views),
         ],
         further=charts.feature_charts(pick_maps, features),
         pictures=pictures,
@@ -107,10 +104,25 @@ def score_report(
             ("Good particles lost", list(_lost(particles, models, chosen))),
             *([("Classes", classes.table())] if classes else []),
             *micrographs.in_words(),
-            *([("Views that keep less", views.in_words())] if views and views.cones else []),
+            *(views.in_words() if views else []),
         ],
         command=command,
     )
+
+
+def _loss_charts(
+    averages: Sequence[Averages],
+    classes: summaries.Classes | None,
+    of_the_set: Sequence[charts.Chart],
+    views: Views | None,
+) -> Iterator[charts.Chart]:
+    """Yield the charts of what was thrown away, about those of micrographs and trends."""
+    yield from map(loss_charts.average_chart, averages)
+    if classes:
+        yield loss_charts.CLASSES.of(classes)
+    yield from of_the_set
+    if views:
+        yield loss_charts.VIEWS.of(views)
 
 
 def _classes(particles: ParticleSet, accepted: NDArray[np.bool_]) -> summaries.Classes | None:
@@ -243,10 +255,7 @@ def _labelled_report(
         particles, chosen, everyone, options.threads, labels, measured.doubted
     )
     averages = averages_of(particles, models.members[0], chosen, everyone, options.threads)
-    seen = origin.table.views() if origin else None
-    if origin and seen is not None:
-        seen = seen[origin.rows]
-    views = views_of(seen, chosen.accepted)
+    views = views_of(origin.views() if origin else None, chosen.accepted)
     training = isinstance(options, TrainOptions)
     if classes and not training:  # a training has a table with more in it
         sections = [*sections, ("Classes", classes.table())]
@@ -269,10 +278,7 @@ def _labelled_report(
         charts=[
             *charts.score_charts(histogram, cuts),
             *charts.evaluation_charts(curves(labels, chosen.values), evaluation),
-            *map(loss_charts.average_chart, averages),
-            *([loss_charts.CLASSES.of(classes)] if classes else []),
-            *charts.set_charts(micrographs),
-            *([loss_charts.VIEWS.of(views)] if views else []),
+            *_loss_charts(averages, classes, charts.set_charts(micrographs), views),
         ],
         further=[*own_charts, *charts.feature_charts(features=features)],
         pictures=pictures,
@@ -283,7 +289,7 @@ def _labelled_report(
             ("Good particles lost", [lost]),
             *(section for section in sections if section[1]),
             *micrographs.in_words(),
-            *([("Views that keep less", views.in_words())] if views and views.cones else []),
+            *(views.in_words() if views else []),
         ],
     )
 

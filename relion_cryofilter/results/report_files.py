@@ -29,7 +29,7 @@ from relion_cryofilter.images.thumbnails import THUMBNAIL_PX, sprite
 from relion_cryofilter.options import available_cores
 from relion_cryofilter.processes import need_memory
 from relion_cryofilter.progress import duration
-from relion_cryofilter.results.charts import Chart, clean, printable
+from relion_cryofilter.results.charts import Chart, clean, printable, write_png
 from relion_cryofilter.results.outputs import Output
 
 if TYPE_CHECKING:
@@ -293,7 +293,6 @@ def write_html(
 
 def _sections_of(pages: Sequence[ChartPage]) -> str:
     """Return charts as HTML, under a title for each group."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
     charts, group = "", ""
@@ -303,9 +302,7 @@ def _sections_of(pages: Sequence[ChartPage]) -> str:
         names = _escaped("; ".join(chart.title for chart in page.charts))
         notes = _escaped(" ".join(dict.fromkeys(chart.note for chart in page.charts)))
         file = io.BytesIO()
-        page.figure.set_dpi(DOTS_PER_INCH)
-        canvas: Any = FigureCanvasAgg(page.figure)  # figure.savefig draws everything twice
-        canvas.print_png(file)
+        write_png(page.figure, file, DOTS_PER_INCH)
         source = _data_uri(Image.open(file).convert("RGB").quantize(COLOURS))
         charts += (
             f'<section>{title}<figure><img alt="{names}" src="{source}">'

@@ -56,9 +56,9 @@ class Views:
     kept: Counts
     cones: tuple[Cone, ...]
 
-    def in_words(self) -> list[str]:
-        """Return a line for each cone."""
-        return list(map(str, self.cones))
+    def in_words(self) -> list[tuple[str, list[str]]]:
+        """Return the cones as a section of the report, if there are any."""
+        return [("Views that keep less", list(map(str, self.cones)))] if self.cones else []
 
     def warning(self) -> str:
         """Return what is wrong with the views, "" if nothing is."""
@@ -91,15 +91,19 @@ def views_of(seen: Floats | None, accepted: NDArray[np.bool_]) -> Views | None:
     return Views(*edges, total, good, _poor_cones(seen, kept))
 
 
+def spread_directions(n: int) -> Floats:
+    """Return unit vectors (n, 3) that are evenly spread over the sphere, in a spiral."""
+    k = np.arange(n) + 0.5
+    height, azimuth = 1 - 2 * k / n, np.pi * (1 + np.sqrt(5)) * k
+    flat = np.sqrt(1 - height**2)
+    return np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), height], axis=1)
+
+
 def _poor_cones(seen: Floats, kept: NDArray[np.bool_]) -> tuple[Cone, ...]:
     """Return the cones about directions (n, 3) that keep significantly less than the rest."""
     from scipy.stats import binom  # slow to import
 
-    # Centres in a spiral, evenly spread.
-    k = np.arange(CONES) + 0.5
-    height, azimuth = 1 - 2 * k / CONES, np.pi * (1 + np.sqrt(5)) * k
-    flat = np.sqrt(1 - height**2)
-    centres = np.stack([flat * np.cos(azimuth), flat * np.sin(azimuth), height], axis=1)
+    centres = spread_directions(CONES)
     within = np.cos(np.deg2rad(HALF_ANGLE_DEGREES))
     # What each holds, in parts that fit into memory.
     n, good = np.zeros(CONES, np.int64), np.zeros(CONES, np.int64)

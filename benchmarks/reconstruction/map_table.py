@@ -15,16 +15,15 @@ from refine import START_ANGSTROM, Map, resolution
 import relion_cryofilter
 from relion_cryofilter.files import replacing
 from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
+from relion_cryofilter.results.views import spread_directions
 
 CONES, CONE_DEGREES, FEWEST = 60, 30, 30
 
 
 def recall_by_view(kept: np.ndarray, truth: Truth) -> np.ndarray:
     """Return recall (m,) in cones over the sphere that hold enough true particles."""
-    number = np.arange(CONES) + 0.5
-    tilt, turn = np.arccos(1 - 2 * number / CONES), np.pi * (1 + 5**0.5) * number
-    axes = np.stack([np.sin(tilt) * np.cos(turn), np.sin(tilt) * np.sin(turn), np.cos(tilt)])
-    seen = truth.rotations[truth.good, 2] @ axes > np.cos(np.deg2rad(CONE_DEGREES))
+    axes = spread_directions(CONES)
+    seen = truth.rotations[truth.good, 2] @ axes.T > np.cos(np.deg2rad(CONE_DEGREES))
     enough = seen.sum(axis=0) >= FEWEST
     return np.asarray(
         (seen & kept[truth.good, None]).sum(axis=0)[enough] / seen.sum(axis=0)[enough]
