@@ -28,7 +28,6 @@ from pool import VALIDATION_KINDS, Batches, Pool, Simulator, simulate_shards
 from real_images import split_real
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from relion_cryofilter.files import replacing
 from relion_cryofilter.images.preprocess import FourierCrop
 from relion_cryofilter.nn.model import load_model
 from relion_cryofilter.nn.networks import Network, build_network
@@ -92,8 +91,9 @@ class Training:
             "averaged": self.averaged.state, "steps": self.averaged.steps,
             "images": self.images, "seconds": self.seconds, "frozen": self.frozen,
         }  # fmt: skip
-        with replacing(self.path) as file:
-            torch.save(state, file)
+        part = self.path.with_suffix(".part")
+        torch.save(state, part)
+        part.replace(self.path)
 
     @property
     def used(self) -> float:

@@ -13,7 +13,6 @@ from picks import JUNK, MOLECULE, SNR, Truth
 from refine import START_ANGSTROM, Map, resolution
 
 import relion_cryofilter
-from relion_cryofilter.files import replacing
 from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
 from relion_cryofilter.results.views import spread_directions
 
@@ -97,5 +96,4 @@ def plot(maps: dict[str, list[Map]], truth: Truth, path: Path) -> None:
         axes.set(title=title, xlabel="spatial frequency, 1/Å", ylim=(-0.1, 1.05))
     figure.axes[0].set_ylabel("Fourier shell correlation")
     figure.axes[1].legend(fontsize="small", frameon=False)
-    with replacing(path) as file:
-        figure.savefig(file, format="png", dpi=130)
+    figure.savefig(path, dpi=130)
