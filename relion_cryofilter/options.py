@@ -201,7 +201,7 @@ class TrainOptions(JobOptions, LabelOptions):
     )  # fmt: skip
     model: str | None = option(
         "Train this network from scratch: d4 (the bundled one's), straight or roberts (2020). "
-        "Default: the bundled model is fine-tuned.",
+        "Default: the bundled start is fine-tuned.",
         "text", choices=tuple(NETWORKS),
     )  # fmt: skip
     f: int | None = option(
@@ -216,7 +216,7 @@ class TrainOptions(JobOptions, LabelOptions):
         choices=("blur_resize", "fourier_crop"),
     )
     init: Path | None = option(
-        "Model to start from (fine-tuning); the bundled one if no network is named.", "path"
+        "Model to start from (fine-tuning); the bundled start if no network is named.", "path"
     )
     seed: int = option(
         "Of the folds or the split, the weights and the order.", "integer", 0, low=0, high=2**31 - 1

@@ -24,7 +24,7 @@ from relion_cryofilter.nn.fitting import (
     noise_of_spectrum,
     phase_randomised,
 )
-from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
+from relion_cryofilter.nn.model import BUNDLED_MODEL, START_MODEL, load_model
 from relion_cryofilter.nn.networks import build_network
 from relion_cryofilter.nn.recipes import (
     GENTLE,
@@ -245,6 +245,27 @@ def test_the_start_is_kept_where_nothing_beats_it(tmp_path, caplog):
     assert found.auc == found.start_auc
     for name, tensor in good.state_dict().items():
         assert torch.equal(tensor, found.network.state_dict()[name])
+
+
+def test_the_bundled_model_is_kept_where_a_training_from_the_start_does_not_beat_it(
+    tmp_path, caplog
+):
+    labels = np.arange(120) % 2 == 0
+    task, folds = task_of(tmp_path, labels, stripes(labels), epochs=8)
+    good, _ = fit_of(tmp_path, replace(QUICK, epochs=8)).run(lambda count: None)
+    start = replace(task.start, rival=(good, "the bundled model"))
+    spoilt = replace(task, start=start, options=TrainOptions(epochs=1, learning_rate=1.0, j=1))
+    found = cross_fit(spoilt, folds, Progress(1, "steps"))
+    assert found.recipe is None
+    assert "than the bundled model did before" in caplog.text
+    for name, tensor in good.state_dict().items():
+        assert torch.equal(tensor, found.network.state_dict()[name])
+
+
+def test_the_bundled_model_and_the_bundled_start_see_the_same_images():
+    scores, start = load_model(BUNDLED_MODEL), load_model(START_MODEL)
+    assert scores.preprocess == start.preprocess
+    assert scores.network.kwargs == start.network.kwargs
 
 
 def test_labels_that_contradict_the_start_are_warned_of(tmp_path, caplog):

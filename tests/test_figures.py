@@ -104,7 +104,7 @@ def test_the_history_marks_the_epoch_that_is_kept(epochs, best):
 def test_the_history_says_that_no_epoch_helped():
     (chart,) = charts.history_charts(made_history(4), 0)
     assert "No epoch did better than the start" in texts_of(chart)
-    assert "weights of the start are kept" in chart.note
+    assert "those weights are kept" in chart.note
 
 
 def test_the_history_of_a_training_on_all_labels_has_no_best_epoch():

@@ -385,7 +385,7 @@ def test_nodes_carry_the_label_of_the_relion_that_asks(tmp_path, job_star_text, 
 def test_the_bundled_model_scores_with_its_own_threshold_and_a_warning(project, capsys):
     assert job.main(f"--o {JOB} --in_parts Extract/job001/particles.star --j 1".split()) == 0
     said = capsys.readouterr().out
-    assert "WARNING: The bundled model knows simulated particles only." in said
+    assert "WARNING: The bundled model knows simulated particles and few real ones." in said
 
 
 def test_job_says_where_it_should_be_run(tmp_path, monkeypatch, capsys):

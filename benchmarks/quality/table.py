@@ -31,7 +31,7 @@ from sets import ALIKE, FLIPS, LabelledImages
 
 import relion_cryofilter
 from relion_cryofilter.evaluation import evaluate, expanded_tail
-from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
+from relion_cryofilter.nn.model import BUNDLED_MODEL, START_MODEL, load_model
 
 MODELS = (ROBERTS, STRAIGHT, *LINEAR, SCRATCH, THREE_PARTS, FINE_TUNED)
 DRAWS = 1000
@@ -135,11 +135,11 @@ def report(sets: Sequence[LabelledImages], work: Path, seeds: int) -> str:
     """Return the results file."""
     results = [Results(data, work, seeds) for data in sets]
     tried = [result for result in results if not result.data.classified]
-    model = load_model(BUNDLED_MODEL)
+    model, start = load_model(BUNDLED_MODEL), load_model(START_MODEL)
     parts = [
         "# Quality of the default model",
         f"Made by `benchmarks/quality` on {datetime.date.today()}: relion_cryofilter "
-        f"{relion_cryofilter.__version__}, bundled model {model.hash}, torch "
+        f"{relion_cryofilter.__version__}, bundled model {model.hash}, bundled start {start.hash}, torch "
         f"{torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}.",
         f"{seeds} seeds of the split, the labels, the weights and the order. Each keeps 30 % of "
         "the micrographs for the test; `train` shares out the labels among the others by itself. "

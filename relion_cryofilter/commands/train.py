@@ -17,7 +17,7 @@ from relion_cryofilter.files import (
     numbered,
 )
 from relion_cryofilter.locks import one_run
-from relion_cryofilter.nn.model import BUNDLED_MODEL
+from relion_cryofilter.nn.model import START_MODEL
 from relion_cryofilter.nn.selftests import log_self_tests
 from relion_cryofilter.nn.training import Trained, train_models
 from relion_cryofilter.options import TrainOptions
@@ -57,7 +57,7 @@ def train(
     weights, history = options.weight_dir or folder, options.history_dir or folder
     if weights is not None:
         paths = [weights / numbered(MODEL, n) for n in range(1, options.ensemble + 1)]
-        refuse_to_overwrite([options.init or BUNDLED_MODEL], paths, "model")
+        refuse_to_overwrite([options.init or START_MODEL], paths, "model")
     folder, _, history = map(results_folder, (folder, weights, history))
     sources = (options.in_parts, *options.pos, *options.neg)
     refuse_to_overwrite(sources, [folder / SUSPICIOUS])

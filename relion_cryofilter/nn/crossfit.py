@@ -45,11 +45,12 @@ class CrossFit:
     logits
         (m,) of the folds' rows, each by a network that was trained on the other folds.
     recipe
-        How all were trained; None if the start did better and is kept.
+        How all were trained; None if the untrained network did better and is kept.
     history
         Of the training on all labels.
     auc, start_auc
-        Out of fold, within folds, against the labels; nan for the start of a new network.
+        Out of fold, and of the untrained network, within folds, against the labels; nan for a new
+        network.
     """
 
     network: Network
@@ -81,18 +82,18 @@ def cross_fit(
 ) -> CrossFit:
     """Choose a recipe, and train by it on all folds but one, each in turn, and on all labels.
 
-    `number` is of the model in its ensemble, from 1. If the start's own scores sort the labels
-    better than the trained ones do out of fold, the start is what is returned.
+    `number` is of the model in its ensemble, from 1. If the scores of the untrained network sort
+    the labels better than the trained ones do out of fold, that network is what is returned.
     """
     options, labels, start = task.options, task.labelled.labels[folds.rows], task.start
     rows, fold_of, clusters = folds.rows, folds.fold_of, folds.clusters[folds.rows]
     work = _Work(task, folds, progress, options.seed + number - 1, after_round)
 
-    # What the start knows already, and the recipes to compare.
+    # What is known already, and the recipes to compare.
+    untrained, name = start.untrained
     start_logits, start_auc = np.zeros(len(rows)), float("nan")
     if start.origin:
-        start.network.eval()
-        found = predict(start.network, task.loaded.images, rows)
+        found = predict(untrained.eval(), task.loaded.images, rows)
         start_logits = found.numpy().astype(np.float64)
         start_auc = fold_auc(start_logits, labels, fold_of)
         log.info("Before any training: AUC %.4f within folds, against the labels.", start_auc)
@@ -100,8 +101,8 @@ def cross_fit(
             log.warning(
                 "The labels contradict %s: it ranks the bad ones above the good ones (AUC %.2f). "
                 "Look at some of both (suspicious_labels.star); if they are as you mean them, go "
-                "on. The model is kept halfway between it and what the labels teach.",
-                start.origin, start_auc,
+                "on. The model is kept halfway between its start and what the labels teach.",
+                name, start_auc,
             )  # fmt: skip
     n_clusters = len(np.unique(clusters))
     recipes = candidates(options, len(rows), n_clusters, start_auc if start.origin else None)
@@ -130,9 +131,9 @@ def cross_fit(
         log.warning(
             "No recipe did better out of fold (AUC %.4f) than %s did before (AUC %.4f), so its "
             "weights are kept; only the calibration and the threshold are new.",
-            auc, start.origin, start_auc,
+            auc, name, start_auc,
         )  # fmt: skip
-        kept = copy.deepcopy(start.network)
+        kept = copy.deepcopy(untrained)
         return CrossFit(kept, start_logits, None, history, start_auc, start_auc)
     return CrossFit(network, logits, recipe, history, auc, start_auc)
 

@@ -52,7 +52,10 @@ from relion_cryofilter.thresholds import (
 log = logging.getLogger("relion_cryofilter")
 
 FORMAT_VERSION, HASH_DIGITS, GPU_BATCH = 1, 12, 512
-BUNDLED_MODEL = Path(__file__).parents[1] / "models" / "default.safetensors"
+_MODELS = Path(__file__).parents[1] / "models"
+BUNDLED_MODEL, START_MODEL = _MODELS / "default.safetensors", _MODELS / "start.safetensors"
+"""What scores without labels, and what trainings begin from: what sorts best by itself does not
+learn best (MODEL_CARD.md)."""
 PIXEL_SIZE_TOLERANCE = 0.1
 LARGEST_WEIGHT = 1e6
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}

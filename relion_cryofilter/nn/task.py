@@ -15,7 +15,7 @@ from torch import Tensor
 from relion_cryofilter.errors import UsageError
 from relion_cryofilter.images.preprocess import Preprocess, preprocess_from_dict
 from relion_cryofilter.images.small_images import Loaded, noise_images
-from relion_cryofilter.nn.model import BUNDLED_MODEL, Models, load_model
+from relion_cryofilter.nn.model import BUNDLED_MODEL, START_MODEL, Models, load_model
 from relion_cryofilter.nn.networks import Network, build_network, network_class
 from relion_cryofilter.nn.trainer import Settings
 from relion_cryofilter.options import TrainOptions
@@ -31,11 +31,20 @@ LEARNING_RATE, NOISE_SHARE, NOISE_SEED = 1e-3, 0.05, 10_000
 
 @dataclass(frozen=True)
 class Start:
-    """The network before training, its images, and the model that it is of; "" for none."""
+    """The network before training, its images, and the model that it is of; "" for none.
+
+    `rival` is the network, and its name, that a training has to beat, if not the start itself.
+    """
 
     network: Network
     preprocess: Preprocess
     origin: str = ""
+    rival: tuple[Network, str] | None = None
+
+    @property
+    def untrained(self) -> tuple[Network, str]:
+        """What sorts these images without a training on them, and its name."""
+        return self.rival or (self.network, self.origin)
 
     def settings(self, options: TrainOptions) -> Settings:
         """Return how to train from here; one that is of a model is fine-tuned."""
@@ -53,7 +62,7 @@ class Start:
 
 
 def start_of(options: TrainOptions, labelled: LabelledSet) -> Start:
-    """Return the network to train: that of ``--init``, the bundled one, or a new one."""
+    """Return the network to train: that of ``--init``, the bundled start, or a new one."""
     new = any((options.model, options.f, options.img_dim, options.preprocess))
     if options.init is None and new:
         name = options.model or DEFAULT_NETWORK
@@ -65,14 +74,17 @@ def start_of(options: TrainOptions, labelled: LabelledSet) -> Start:
         chosen = {"f": options.f, "dim": options.img_dim}
         network = build_network(name, **{k: v for k, v in chosen.items() if v is not None})
         return Start(network, preprocess_from_dict(network.recipe(options.preprocess)))
-    path = options.init or BUNDLED_MODEL
+    path = options.init or START_MODEL
     model = load_model(path)
     asked = {"model": options.model, "f": options.f, "img_dim": options.img_dim}
     model.check_belief(path, **asked, preprocess=options.preprocess)
     if options.init is not None:
         Models((model,), (str(path),)).check(labelled.particles)
-    origin = str(options.init or "the bundled model")
-    return Start(model.network, model.preprocess, f"{origin} (hash {model.hash})")
+    if options.init is not None:
+        return Start(model.network, model.preprocess, f"{options.init} (hash {model.hash})")
+    bundled = load_model(BUNDLED_MODEL)
+    rival = (bundled.network, f"the bundled model (hash {bundled.hash})")
+    return Start(model.network, model.preprocess, f"the bundled start (hash {model.hash})", rival)
 
 
 @dataclass(frozen=True, eq=False)

@@ -218,7 +218,7 @@ def _cross_fitted(
         fit = cross_fit(task, folds, progress, number, partial(after_epoch, number))
         # How many labels are wrong, and scores that are probabilities all the same.
         noise = LabelNoise.unknown(
-            "the weights of the start are kept, and its scores say too little"
+            "the weights are those before training, whose scores say too little"
         )
         if fit.recipe is not None:
             noise = measure_label_noise(fit.logits, labels, clusters, options.seed)
@@ -288,6 +288,7 @@ def _with_threshold(
         ESTIMATE: estimates_to_keep(found),
         CURVE: curve.to_dict(),
         HOME: home_of(fit.network, task, rows, folds),
+        **({} if fit.recipe else {"fine_tuned_from": task.start.untrained[1] or None}),
     }
     return Model(fit.network, task.start.preprocess, threshold, temperature, provenance)
 

@@ -115,7 +115,7 @@ def history_charts(history: Epochs, kept: int) -> list[Chart]:
     """Return loss, accuracy and AUC; `kept` is the epoch whose weights are, 0 for the start's."""
     note = "The dashed line is the epoch whose weights are kept."
     if not kept:
-        note = "No epoch did better than the start did before: the weights of the start are kept."
+        note = "No epoch did better than what was known before: those weights are kept."
     return [HISTORY.of(history, kept, note=note)]
 
 

@@ -169,8 +169,8 @@ def _score_notes(
         yield views.warning()
     if not options.weights:
         yield (
-            "The bundled model knows simulated particles only: look at both sides of the cut "
-            "before anything is discarded, and train a model on your own choices."
+            "The bundled model knows simulated particles and few real ones: look at both sides of "
+            "the cut before anything is discarded, and train a model on your own choices."
         )
     if chosen.accepted.all() or not chosen.accepted.any():
         which = "All" if chosen.accepted.all() else "No"
