@@ -140,7 +140,8 @@ def report(sets: Sequence[LabelledImages], work: Path, seeds: int) -> str:
         "# Quality of the default model",
         f"Made by `benchmarks/quality` on {datetime.date.today()}: relion_cryofilter "
         f"{relion_cryofilter.__version__}, bundled model {model.hash}, bundled "
-        f"start {start.hash}, torch {torch.__version__}, numpy {np.__version__}, Python {platform.python_version()}.",
+        f"start {start.hash}, torch {torch.__version__}, numpy {np.__version__}, "
+        f"Python {platform.python_version()}.",
         f"{seeds} seeds of the split, the labels, the weights and the order. Each keeps 30 % of "
         "the micrographs for the test; `train` shares out the labels among the others by itself. "
         f"The labels of the simulated sets are wrong as those from classes are: {USUAL_NOISE:.0%} "
