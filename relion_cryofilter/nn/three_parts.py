@@ -75,7 +75,7 @@ class Member:
         """Return the trainer's model with temperature and threshold from the validation part.
 
         A threshold for a recall is the quantile of few scores, so fine-tuning, which hardly fits
-        the training part, takes that part's good particles in (benchmarks/results/quality_split.md).
+        the training part, takes that part's good particles in: benchmarks/results/quality_split.md.
         """
         labelled, loaded, split = self.task.labelled, self.task.loaded, self.split
         network, best, request = trainer.network, trainer.best_number, self.task.options.threshold
