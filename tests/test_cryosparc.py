@@ -97,7 +97,9 @@ def test_the_real_images_have_the_contrast_that_their_blob_sign_says(shared, tmp
     [(_, values)] = map_batches(contrast, particles, np.arange(7), headers)
     assert (values.mean(axis=0) > 0).all()
     csv = scored(particles.source, tmp_path, weights=())
-    assert np.median(np.loadtxt(csv.splitlines(), delimiter=",")[:, 1]) > 0.5
+    scores = np.sort(np.loadtxt(csv.splitlines(), delimiter=",")[:, 1])
+    assert scores[0] > 0.25
+    assert scores[1] > 0.5
 
 
 @pytest.mark.slow

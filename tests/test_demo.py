@@ -37,6 +37,8 @@ def test_the_demo_filters_a_project_before_and_after_a_training(tmp_path, monkey
     table = re.findall(ROW, done.stdout, re.MULTILINE)
     kept = {kind: [int(n) / int(total) for n in accepted] for kind, total, *accepted in table}
     assert kept["particle"][0] > 0.7  # the bundled model keeps noise out, and weak ones with it
+    assert kept["empty"][0] < 0.05
+    assert kept["aggregate"][0] < 0.1
     assert kept["particle"][1] > 0.85
     assert kept["empty"][1] < 0.25
     assert kept["aggregate"][1] < 0.5
