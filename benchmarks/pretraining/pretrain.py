@@ -62,10 +62,10 @@ class Averaged:
 class Training:
     """A network, its optimiser and its mean, and how far they are; kept in a checkpoint."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace, network: Network | None = None) -> None:
         torch.manual_seed(options.seed)
         self.options = options
-        self.network = build_network("d4", widths=list(options.widths), dim=options.dim)
+        self.network = network or build_network("d4", widths=list(options.widths), dim=options.dim)
         if options.init:
             self.network.load_state_dict(load_model(options.init).network.state_dict())
         self.network.to(memory_format=torch.channels_last)

@@ -149,13 +149,18 @@ class D4(Network):
         )  # fmt: skip
         self.head = nn.Linear(self.feature_count, 1)
 
+    def stemmed(self, x: Tensor) -> Tensor:
+        """Return what the stem makes of images (n, 1, dim, dim)."""
+        stemmed: Tensor = self.stem(plane(x, 0))
+        return stemmed
+
     def features(self, x: Tensor) -> Tensor:
         """Return (n, 4·third): mean and max over pixels, each as mean and max over the views.
 
         Under autocast only the convolutions between the sums are in reduced precision.
         """
         with torch.autocast(x.device.type, enabled=False):
-            x = torch.relu_(self.stem(plane(x, 0)))
+            x = torch.relu_(self.stemmed(x))
         a, b, c, d, e = self.blocks
         x = torch.relu_(a(x).float().add_(x))
         x = torch.relu_(b(avg_pool2d(x, 2)))
