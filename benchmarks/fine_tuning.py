@@ -23,10 +23,10 @@ from quality.sets import wrong_labels
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from relion_cryofilter.images.preprocess import FourierCrop
 from relion_cryofilter.images.small_images import noise_images
+from relion_cryofilter.nn.fitting import forgiving_loss
 from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
 from relion_cryofilter.nn.networks import Network
 from relion_cryofilter.simulate import random_molecule, simulate_images
@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, float | bool]] = {
     "batch norms not frozen": {"frozen": False},
     "last epoch instead of the best": {"last": True},
     "label smoothing 0.1": {"smoothing": 0.1},
+    "forgiving loss, power 0.7": {"forgiveness": 0.7},
     "moving average of the weights": {"average": 0.98},
     "out-of-fold relabelling": {"relabel": True},
     "labels mixed with the start's scores, 0.3": {"teacher": 0.3},
@@ -121,7 +122,7 @@ def tune(
     start: Network, images: Tensor, labels: np.ndarray, train: np.ndarray, held: np.ndarray,
     seed: int, *, epochs: int, rate: float, head_rate: float, batch: int, frozen: bool = True,
     last: bool = False, smoothing: float = 0.0, average: float = 0.0,
-    synthetic: float = 0.0, noise: float = 0.0, teacher: float = 0.0,
+    synthetic: float = 0.0, noise: float = 0.0, teacher: float = 0.0, forgiveness: float = 0.0,
 ) -> Network:  # fmt: skip
     """Return a copy of the network, fine-tuned."""
     generator = torch.Generator().manual_seed(seed)
@@ -154,7 +155,7 @@ def tune(
                 group["lr"] = base * factor
             wanted = targets[rows] * (1 - smoothing) + smoothing / 2
             found = network(inputs[rows].contiguous(memory_format=torch.channels_last))
-            loss = binary_cross_entropy_with_logits(found, wanted, weights[rows])
+            loss = forgiving_loss(found, wanted, weights[rows], forgiveness)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

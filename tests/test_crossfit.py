@@ -20,6 +20,7 @@ from relion_cryofilter.nn.crossfit import cross_fit
 from relion_cryofilter.nn.fitting import (
     Fit,
     FitData,
+    forgiving_loss,
     interpolated,
     noise_of_spectrum,
     phase_randomised,
@@ -185,6 +186,25 @@ def test_noise_has_the_spectrum_of_its_images():
         assert (
             abs(torch.corrcoef(torch.stack([images[0].flatten(), noise[0].flatten()]))[0, 1]) < 0.4
         )
+
+
+def test_the_loss_forgives_what_the_network_is_sure_is_labelled_wrongly():
+    labels, weights = torch.tensor([1.0, 0, 1, 1]), torch.tensor([1.0, 2, 1, 1])
+    given = torch.tensor([0.3, -0.5, -6.0, -200.0], requires_grad=True)
+    p = torch.where(labels > 0, given, -given).sigmoid()
+
+    absolute = forgiving_loss(given, labels, weights, 1.0)
+    torch.testing.assert_close(absolute, (weights * (1 - p)).mean())
+    entropy = forgiving_loss(given, labels, weights, 0.0)
+    nearly = forgiving_loss(given, labels, weights, 1e-5)
+    torch.testing.assert_close(nearly, entropy, rtol=1e-2, atol=0)
+
+    (pull,) = torch.autograd.grad(forgiving_loss(given, labels, weights, 0.7), given)
+    assert torch.isfinite(pull).all()
+    assert abs(pull[2]) < 0.1 * abs(pull[0])  # surely labelled wrongly
+    assert abs(pull[3]) < 1e-6
+    (plain,) = torch.autograd.grad(entropy, given)
+    assert abs(plain[2]) > abs(plain[0])
 
 
 def test_many_labels_cost_a_budget_of_steps():

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from relion_cryofilter.files import replacing
 from relion_cryofilter.images.preprocess import turn
@@ -155,7 +155,7 @@ class Fit:
             x, y, w = (torch.cat(each).to(self.data.device) for each in (batch, target, weight))
             with torch.autocast("cpu", torch.bfloat16, enabled=_reduced(network)):
                 logits = network(x).float()
-            loss = binary_cross_entropy_with_logits(logits, y, w)
+            loss = forgiving_loss(logits, y, w, recipe.forgiveness)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -206,6 +206,19 @@ class Fit:
         finished = "; it is finished" if done else ""
         log.info("Resuming from %s after round %d%s.", name, len(history), finished)
         return history
+
+
+def forgiving_loss(logits: Tensor, labels: Tensor, weights: Tensor, power: float) -> Tensor:
+    """Return the weighted mean of (1 - p^power) / power, p the probability of the label given.
+
+    Of (n,) logits, labels 0 or 1, and weights. It is cross entropy as the power goes to 0 and the
+    absolute error at 1: what the network is sure is labelled wrongly pulls it less (Z. Zhang &
+    M. Sabuncu, NeurIPS 2018).
+    """
+    if not power:
+        return binary_cross_entropy_with_logits(logits, labels, weights)
+    log_p = logsigmoid(torch.where(labels > 0, logits, -logits))
+    return (weights * -torch.expm1(power * log_p) / power).mean()
 
 
 def interpolated(start: Network, end: Network, way: float) -> Network:

@@ -52,6 +52,8 @@ class Recipe:
     way
         Where between the weights of the start (0) and of the last step (1) those that are kept
         lie (M. Wortsman et al., CVPR 2022).
+    forgiveness
+        Power of the loss, see `fitting.forgiving_loss`: 0 is cross entropy.
     augmentation
         Whether each image is shown in another of its eight flips and rotations each time.
     """
@@ -64,6 +66,7 @@ class Recipe:
     noise_share: float = 0.05
     frozen: bool = True
     way: float = 1.0
+    forgiveness: float = 0.7
     augmentation: bool = True
 
     def steps(self, n: int) -> int:
@@ -86,7 +89,7 @@ GENTLE = Recipe("gentle", epochs=12, learning_rate=1e-3)
 STRONG = Recipe("strong", epochs=20, learning_rate=3e-3, way=FOUR_FIFTHS)
 SCRATCH = Recipe(
     "scratch", epochs=30, learning_rate=1e-3, batch_size=64, capped=False, noise_share=0.0,
-    frozen=False,
+    frozen=False, forgiveness=0.0,
 )  # fmt: skip
 
 
