@@ -20,12 +20,13 @@ FORMS = """\
   precision=0.9     90 % of what is accepted is good
   keep=0.6          accept the best 60 % of all particles; keep=60% is the same
   count=50000       accept the best 50,000 particles
+  balanced          lose as small a share of the good as pass of the junk, at best in sum
   gmm               the upper of two kinds, where the scores show two"""
 """The requests that are understood, for help and errors."""
 
 THRESHOLD_2020 = 0.5
 EITHER = 0.5
-"""As likely of the upper as of the lower component: what ``gmm`` asks of a mixture."""
+"""The value of a request without a number: of two kinds, as likely the one as the other."""
 MAX_COUNT = 10**12
 _LARGEST = 2**31 - 1
 _DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
@@ -38,23 +39,27 @@ _RANGES = {
     "precision": "above 0 and at most 1",
     "keep": "above 0 and at most 1, or a percentage",
     "count": "a whole number from 1",
+    "balanced": "given without a number",
     "gmm": "given without a number",
 }
+_BARE = ("balanced", "gmm")
+OF_LABELS = ("recall", "precision", "balanced")
+"""Requests that need labels, or the operating curve of a model."""
 
 
 @dataclass(frozen=True)
 class ThresholdRequest:
     """What a user asks of the threshold; a UsageError if it makes no sense."""
 
-    kind: str  # ``score``, ``recall``, ``precision``, ``keep`` (of all), ``count`` or ``gmm``
-    value: float  # fractions are 0 to 1; of ``gmm``, `EITHER`
+    kind: str  # ``score``, ``recall``, ``precision``, ``keep`` (of all), ``count``, …
+    value: float  # fractions are 0 to 1; of ``balanced`` and ``gmm``, `EITHER`
 
     def __post_init__(self) -> None:
         if self.kind not in _RANGES:
             raise _not_understood(str(self), f"there is no {self.kind!r}")
         if self.kind == "count":
             fits = 1 <= self.value <= MAX_COUNT and self.value == int(self.value)
-        elif self.kind == "gmm":
+        elif self.kind in _BARE:
             fits = self.value == EITHER
         else:
             fits = 0 <= self.value <= 1 and (self.kind == "score" or self.value > 0)
@@ -78,7 +83,7 @@ class ThresholdRequest:
         found = text.strip()
         if found == "2020":
             return cls("score", THRESHOLD_2020)
-        if found == "gmm":
+        if found in _BARE:
             return cls(found, EITHER)
         name, equals, number = (part.strip() for part in found.partition("="))
         if not equals:
@@ -86,7 +91,7 @@ class ThresholdRequest:
         elif name == "score" or name not in _RANGES:
             raise _not_understood(found, f"there is no {name!r}")
         percentage = _PERCENTAGE.fullmatch(number)
-        if name == "gmm":
+        if name in _BARE:
             raise _not_understood(found, f"{name} is {_RANGES[name]}")
         if name == "count" and _COUNT.fullmatch(number):
             return cls(name, float(number.replace(",", "")))
@@ -99,7 +104,7 @@ class ThresholdRequest:
     def __str__(self) -> str:
         """Return the text that `parse` reads back as the same request."""
         number = repr(float(self.value)).removesuffix(".0")
-        if self.kind == "gmm":
+        if self.kind in _BARE:
             return self.kind
         return number if self.kind == "score" else f"{self.kind}={number}"
 

@@ -86,7 +86,8 @@ class ModelOptions(JobOptions):
     )  # fmt: skip
     threshold: ThresholdRequest | None = option(
         "Accept scores of at least this: 0.6, recall=0.95, precision=0.9, keep=0.6 (a fraction), "
-        "count=50000, gmm (the upper of two kinds), or 2020 (0.5); the model's own threshold if "
+        "count=50000, balanced (the least junk and loss in sum), gmm (the upper of two kinds), or "
+        "2020 (0.5); the model's own threshold if "
         "not given.", "threshold",
     )  # fmt: skip
     tta: bool = option(
@@ -257,8 +258,8 @@ class SelectOptions(JobOptions):
 
     threshold: ThresholdRequest | None = option(
         "Accept scores of at least this: 0.6, keep=0.6 (a fraction), count=50000, gmm, 2020 (0.5); "
-        "with --weights also recall=0.95 and precision=0.9. With --add or --random not needed: "
-        "then those are accepted that are in particles_accepted.star beside --in_parts.",
+        "with --weights also recall=0.95, precision=0.9 and balanced. With --add or --random not "
+        "needed: then those are accepted that are in particles_accepted.star beside --in_parts.",
         "threshold",
     )  # fmt: skip
     add: tuple[Path, ...] = option(
@@ -270,7 +271,9 @@ class SelectOptions(JobOptions):
         "an honest comparison.", "flag", False,
     )  # fmt: skip
     seed: int = option("Of the draw.", "integer", 0, low=0, high=2**31 - 1)
-    weights: Path | None = option("The model that scored, for recall and precision.", "path")
+    weights: Path | None = option(
+        "The model that scored, for recall, precision and balanced.", "path"
+    )  # fmt: skip
     score_label: str = option("Column of the scores.", "label", SCORE_LABEL)
 
 

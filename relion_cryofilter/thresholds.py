@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from relion_cryofilter.errors import CryoFilterError, ModelError, bounded
 from relion_cryofilter.inputs import open_input, parse_json, seen
-from relion_cryofilter.kinds import EITHER, ThresholdRequest
+from relion_cryofilter.kinds import EITHER, OF_LABELS, ThresholdRequest
 
 Floats = NDArray[np.floating[Any]]
 
@@ -87,11 +87,13 @@ def choose_threshold(
         ``score``: that score. ``recall``: the highest threshold with at least that recall.
         ``precision``: the lowest threshold with at least that precision. ``keep`` and ``count``:
         the best particles, at least as many as asked for; all that tie with the last one are
-        accepted too. ``gmm``: where the upper of two components begins, see `Mixture`.
+        accepted too. ``balanced``: the highest threshold where the recall and the share of junk
+        rejected have the greatest sum. ``gmm``: where the upper of two components begins, see
+        `Mixture`.
     scores
         (n,) 0 to 1. Scores of float32 are compared as float32.
     labels
-        (n,) True for good particles; for ``recall`` and ``precision``.
+        (n,) True for good particles; for ``recall``, ``precision`` and ``balanced``.
 
     Raises
     ------
@@ -120,13 +122,16 @@ def choose_threshold(
     need_both_classes(request, int(good.sum()), int((~good).sum()))
     if request.kind == "recall":
         return _nth_highest(values[good], _least_number(request.value, int(good.sum())))
-    # The lowest threshold whose precision is as asked, rounded scores or not.
+    # What is true at each threshold of the rounded scores and of the others.
     rounded = np.round(values.astype(np.float64), DECIMALS)
     thresholds = np.unique(np.concatenate([_floor(values), rounded]))
-    precisions = []
+    precisions, gains = [], []
     for given in (rounded, values):
-        true = _count_at_least(given[good], thresholds)
-        precisions.append(ratio(true, true + _count_at_least(given[~good], thresholds)))
+        true, false = (_count_at_least(given[part], thresholds) for part in (good, ~good))
+        precisions.append(ratio(true, true + false))
+        gains.append(true / good.sum() - false / (~good).sum())
+    if request.kind == "balanced":
+        return best_balanced(thresholds, np.minimum(*gains))
     return lowest_reaching(request, thresholds, np.minimum(*precisions), true / good.sum())
 
 
@@ -234,8 +239,8 @@ def threshold_and_reason(request: ThresholdRequest, scores: ArrayLike) -> tuple[
 
 
 def need_both_classes(request: ThresholdRequest, n_positive: int, n_negative: int) -> None:
-    """Refuse a request for a recall or precision that lacks the class it is about."""
-    if not n_positive or (request.kind == "precision" and not n_negative):
+    """Refuse a request that needs labels and lacks the class it is about."""
+    if not n_positive or (request.kind != "recall" and not n_negative):
         raise CryoFilterError(
             f"The threshold {request} can't be found with {n_positive:,} good and "
             f"{n_negative:,} bad particles. Use a labelled set that holds both."
@@ -289,6 +294,14 @@ def lowest_reaching(
         f"{precisions[best]:.4f}, at a recall of {recalls[best]:.4f} (threshold "
         f"{thresholds[best]:g}). Ask for less, or for a recall."
     )
+
+
+def best_balanced(thresholds: Floats, gains: Floats) -> float:
+    """Return the highest of rising thresholds (t,) with the greatest gain.
+
+    Gains (t,) are recall - share of junk accepted; within rounding they are equal.
+    """
+    return float(thresholds[np.flatnonzero(gains >= gains.max() - 1e-9)[-1]])
 
 
 MAX_QUANTILES = 201
@@ -386,13 +399,13 @@ class OperatingCurve:
         )
 
     def threshold(self, request: ThresholdRequest) -> float:
-        """Return the threshold for a score, recall or precision, as `choose_threshold` does.
+        """Return the threshold for what needs labels, or a score, as `choose_threshold` does.
 
         A request for a share or a number of particles needs their scores: a CryoFilterError.
         """
         if request.kind == "score":
             return choose_threshold(request, [])
-        if request.kind not in ("recall", "precision"):
+        if request.kind not in OF_LABELS:
             raise CryoFilterError(f"The threshold {request} needs the particles' scores.")
         need_both_classes(request, self.n_positive, self.n_negative)
         thresholds = np.arange(STEPS + 1) / STEPS
@@ -400,6 +413,8 @@ class OperatingCurve:
         recalls = true / self.n_positive
         if request.kind == "recall":
             return float(thresholds[np.flatnonzero(recalls >= request.value)[-1]])
+        if request.kind == "balanced":
+            return best_balanced(thresholds, recalls - false / self.n_negative)
         differs = np.append((np.diff(true) != 0) | (np.diff(false) != 0), True)
         precisions = ratio(true, true + false)
         return lowest_reaching(

@@ -14,7 +14,7 @@ from sklearn.metrics import precision_recall_curve
 
 from relion_cryofilter.errors import CryoFilterError, UsageError
 from relion_cryofilter.kinds import ThresholdRequest
-from relion_cryofilter.thresholds import Mixture, choose_threshold
+from relion_cryofilter.thresholds import Mixture, OperatingCurve, choose_threshold
 
 
 def ask(text, scores, labels=None):
@@ -228,8 +228,29 @@ def test_images_that_could_not_be_scored_are_no_kind_of_their_own():
         ask("gmm", np.append(two_kinds(0)[0], np.zeros(3000)))
 
 
-def test_the_mixture_is_asked_for_by_its_name_alone():
-    assert str(ThresholdRequest.parse(" gmm ")) == "gmm"
-    for text in ("gmm=0.5", "gmm="):
+def test_balanced_loses_and_lets_pass_the_least_in_sum():
+    scores, upper = two_kinds(apart=2, share=0.1)
+    threshold = ask("balanced", scores, upper)
+    assert has_six_decimals(threshold)
+
+    def gain(cut):
+        return (scores[upper] >= cut).mean() - (scores[~upper] >= cut).mean()
+
+    assert gain(threshold) >= max(map(gain, scores)) - 1e-9
+    assert threshold == pytest.approx(0.5, abs=0.15)  # whatever the shares of the two kinds
+    curve = OperatingCurve.from_scores(upper, scores, np.zeros(len(scores), int))
+    assert gain(curve.threshold(ThresholdRequest.parse("balanced"))) > gain(threshold) - 0.02
+    # Of equals the highest: here all between the two kinds.
+    assert ask("balanced", [0.1, 0.2, 0.7, 0.9], [False, False, True, True]) == 0.7
+    with pytest.raises(CryoFilterError, match="which particles are good"):
+        ask("balanced", scores)
+    with pytest.raises(CryoFilterError, match="0 bad"):
+        ask("balanced", [0.5], [True])
+
+
+@pytest.mark.parametrize("name", ["gmm", "balanced"])
+def test_some_requests_are_asked_for_by_name_alone(name):
+    assert str(ThresholdRequest.parse(f" {name} ")) == name
+    for text in (f"{name}=0.5", f"{name}="):
         with pytest.raises(UsageError, match="without a number"):
             ThresholdRequest.parse(text)

@@ -287,9 +287,9 @@ def _announce(particles: ParticleSet, models: Models, options: ScoreOptions, ran
     if not options.weights:
         log.warning(
             "The bundled model knows simulated particles and few real ones. Its own threshold lets "
-            "hardly any noise or ice pass and loses weak particles with them (--threshold keep=0.6 "
-            "asks for a share instead). Look at both subsets before you discard anything, and "
-            "train a model on your own choices (mode train)."
+            "hardly any noise or ice pass and loses weak particles with them; --threshold balanced "
+            "loses fewer, keep=0.6 asks for a share. Look at both subsets before you discard "
+            "anything, and train a model on your own choices (mode train)."
         )
     label = options.score_label
     if particles.table is not None and label in particles.table.labels:

@@ -10,7 +10,7 @@ import numpy as np
 
 from relion_cryofilter.errors import UsageError
 from relion_cryofilter.files import ACCEPTED, RANDOM, REJECTED
-from relion_cryofilter.kinds import ThresholdRequest
+from relion_cryofilter.kinds import OF_LABELS, ThresholdRequest
 from relion_cryofilter.locks import one_run
 from relion_cryofilter.options import SelectOptions
 from relion_cryofilter.particles.particles import named_in
@@ -86,9 +86,9 @@ def select(
 def _by_threshold(request: ThresholdRequest, weights: Path | None, scores: np.ndarray) -> Chosen:
     """Accept by a threshold from the scores (n,), or from the curve of the model that made them."""
     reason = request.reason
-    if request.kind in ("recall", "precision"):
+    if request.kind in OF_LABELS:
         if weights is None:
-            raise UsageError("A threshold for recall or precision needs the model: --weights.")
+            raise UsageError(f"The threshold {request} needs the model that scored: --weights.")
         curve = read_curve(weights)
         threshold = curve.threshold(request)
         reason += f"; {curve.describe(threshold)}"

@@ -31,7 +31,7 @@ from relion_cryofilter.images.preprocess import (
     preprocess_from_dict,
 )
 from relion_cryofilter.inputs import parse_json
-from relion_cryofilter.kinds import ThresholdRequest
+from relion_cryofilter.kinds import OF_LABELS, ThresholdRequest
 from relion_cryofilter.nn.keras import is_keras, read_keras, require_file
 from relion_cryofilter.nn.networks import Network, build_network
 from relion_cryofilter.particles.particles import ParticleSet
@@ -438,7 +438,7 @@ class Models:
                     "or extract with the box and pixel size of the training.",
                     ", ".join(hashes), nearest, boxes, name, size, others,
                 )  # fmt: skip
-        if request is not None and request.kind in ("recall", "precision"):
+        if request is not None and request.kind in OF_LABELS:
             for model in self:
                 model.curve.threshold(request)
 
@@ -460,7 +460,7 @@ class Models:
             where = "out of fold, against the labels," if folds else "on its validation particles"
             estimate = f"; {where} {', '.join(said)}" if said else ""
             return _mean([model.threshold for model in self]), f"the model's own{estimate}"
-        if request.kind not in ("recall", "precision"):
+        if request.kind not in OF_LABELS:
             return threshold_and_reason(request, scores)
         threshold = _mean([model.curve.threshold(request) for model in self])
         if len(self) > 1:
