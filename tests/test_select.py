@@ -69,7 +69,10 @@ def test_rows_are_copied_byte_for_byte(scores):
             "--in_parts Extract/job001/particles.star --o T/ --threshold 0.5",
             "has no column rlnPart",
         ),
-        ("--in_parts S/particles.star --o T/ --threshold recall=0.9", "needs the model that scored: --weights"),
+        (
+            "--in_parts S/particles.star --o T/ --threshold recall=0.9",
+            "needs the model that scored: --weights",
+        ),
         (
             "--in_parts S/particles.star --o T/ --threshold recall=0.9 --weights model.safetensors",
             "has no validation curve",

@@ -26,8 +26,8 @@ from relion_cryofilter.errors import CryoFilterError
 from relion_cryofilter.images.preprocess import FourierCrop
 from relion_cryofilter.kinds import ThresholdRequest
 from relion_cryofilter.nn.linear import out_of_fold_scores, radial_features
-from relion_cryofilter.nn.model import BUNDLED_MODEL, Model, load_model
-from relion_cryofilter.thresholds import DECIMALS, choose_threshold
+from relion_cryofilter.nn.model import BUNDLED_MODEL, Model, Models, load_model
+from relion_cryofilter.thresholds import DECIMALS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretraining"))
 
@@ -125,7 +125,7 @@ def main() -> None:
     }  # fmt: skip
     text = [f"# {(__doc__ or '').splitlines()[0]}", *(__doc__ or "").split("\n\n")[2:]]
     text += ["## AUC without labels", _auc_table(sets, names, scores)]
-    text += ["## Accepted at the model's own threshold, and at 0.5"]
+    text += ["## Accepted at the model's own threshold, at 0.5, and at the balanced one"]
     text += [_accepted_table(options.real, sets, names, models, scores)]
     text += ["## Thresholds without labels", _thresholds_table(sets, names, models, scores)]
     options.out.write_text("\n\n".join(part.strip() for part in text) + "\n")
@@ -155,6 +155,8 @@ def _accepted_table(
     models: list[Model],
     scores: dict[tuple[str, str], np.ndarray],
 ) -> str:
+    balanced = ThresholdRequest.parse("balanced")
+    cuts_of = [(model.threshold, 0.5, model.curve.threshold(balanced)) for model in models]
     rows = [
         (f"good of {data.name}", [scores[data.name, name][data.good] for name in names])
         for data in sets
@@ -164,11 +166,12 @@ def _accepted_table(
         rows.append((kind, [score_images(model, junk, tta=False) for model in models]))
     lines = [
         [what, f"{len(of_each[0]):,}",
-         *(f"{(values >= model.threshold).mean():.1%}, {(values >= 0.5).mean():.1%}"
-           for values, model in zip(of_each, models))]
+         *(", ".join(f"{(values >= cut).mean():.1%}" for cut in cuts)
+           for values, cuts in zip(of_each, cuts_of))]
         for what, of_each in rows
     ]  # fmt: skip
-    head = [f"{name}, {model.threshold:.3f} / 0.5" for name, model in zip(names, models)]
+    head = [f"{name}, {' / '.join(f'{cut:.3f}' for cut in cuts)}"
+            for name, cuts in zip(names, cuts_of)]  # fmt: skip
     return _table(["what", "images", *head], lines)
 
 
@@ -186,18 +189,19 @@ def _thresholds_table(
     for data in sets:
         for name, model in zip(names, models):
             values, cells = scores[data.name, name].round(DECIMALS), []
-            for request in ("own", "0.5", "gmm", f"keep={data.good.mean():.2f}"):
+            models_one = Models((model,), (name,))
+            for request in (None, "balanced", "gmm", f"keep={data.good.mean():.2f}"):
                 try:
-                    cut = model.threshold if request == "own" else choose_threshold(
-                        ThresholdRequest.parse(request), values)  # fmt: skip
+                    asked = request and ThresholdRequest.parse(request)
+                    cut, _ = models_one.threshold(asked or None, values)
                 except CryoFilterError:
                     cells.append("refused")
                     continue
                 good, bad = ((values[data.good == kind] >= cut).mean() for kind in (True, False))
                 cells.append(f"{(1 + good - bad) / 2:.3f} ({good:.0%}, {bad:.0%})")
             lines.append([data.name, name, *cells])
-    head = ["set", "model", "own threshold: balanced accuracy (good, junk accepted)", "0.5", "gmm",
-            "keep= the true share"]  # fmt: skip
+    head = ["set", "model", "own threshold: balanced accuracy (good, junk accepted)",
+            "balanced", "gmm", "keep= the true share"]  # fmt: skip
     return _table(head, lines)
 
 
