@@ -7,9 +7,10 @@ import copy
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from relion_cryofilter.files import CHECKPOINTS, claim
 from relion_cryofilter.kinds import gpu_numbers
 from relion_cryofilter.nn.fitting import NOISE_POOL, Fit, FitData
 from relion_cryofilter.nn.networks import Network, choose_devices
-from relion_cryofilter.nn.recipes import COMPARED_FOLDS, Recipe, candidates, choose, fold_auc
+from relion_cryofilter.nn.recipes import Recipe, clearly_better, fold_auc, recipe_for
 from relion_cryofilter.nn.task import NOISE_SEED, Task
 from relion_cryofilter.nn.trainer import Epoch, predict, refuse_diverged
 from relion_cryofilter.particles.splits import Folds, short_hash
@@ -64,13 +65,9 @@ class CrossFit:
 def images_to_show(task: Task, folds: Folds) -> int:
     """Return how many images the trainings of one `cross_fit` look at, at most, for progress."""
     n_clusters, known = len(np.unique(folds.clusters[folds.rows])), bool(task.start.origin)
-    found = candidates(task.options, len(folds.rows), n_clusters, 1.0 if known else None)
-    looks = 0
-    for number, recipe in enumerate(found):
-        sizes = [len(folds.rows) - len(held) for held in folds.held]
-        sizes = sizes[:COMPARED_FOLDS] if number else [*sizes, len(folds.rows)]
-        looks += sum(recipe.steps(size) * recipe.batch_size for size in sizes)
-    return looks
+    recipe = recipe_for(task.options, n_clusters, 1.0 if known else None)
+    sizes = [len(folds.rows), *(len(folds.rows) - len(held) for held in folds.held)]
+    return sum(recipe.steps(size) * recipe.batch_size for size in sizes)
 
 
 def cross_fit(
@@ -80,16 +77,15 @@ def cross_fit(
     number: int = 1,
     after_round: Callable[[Sequence[Epoch]], None] = lambda history: None,
 ) -> CrossFit:
-    """Choose a recipe, and train by it on all folds but one, each in turn, and on all labels.
+    """Train on all folds but one, each in turn, and on all labels.
 
     `number` is of the model in its ensemble, from 1. If the scores of the untrained network sort
-    the labels better than the trained ones do out of fold, that network is what is returned.
+    the labels clearly better than the trained ones do out of fold, that network is returned.
     """
     options, labels, start = task.options, task.labelled.labels[folds.rows], task.start
     rows, fold_of, clusters = folds.rows, folds.fold_of, folds.clusters[folds.rows]
-    work = _Work(task, folds, progress, options.seed + number - 1, after_round)
 
-    # What is known already, and the recipes to compare.
+    # What is known already, and how to train.
     untrained, name = start.untrained
     start_logits, start_auc = np.zeros(len(rows)), float("nan")
     if start.origin:
@@ -104,32 +100,19 @@ def cross_fit(
                 "on. The model is kept halfway between its start and what the labels teach.",
                 name, start_auc,
             )  # fmt: skip
-    n_clusters = len(np.unique(clusters))
-    recipes = candidates(options, len(rows), n_clusters, start_auc if start.origin else None)
-    recipe = recipes[0]
-    if len(recipes) > 1:
-        some = range(min(COMPARED_FOLDS, len(folds.held)))
-        work.do([(each, fold) for each in recipes for fold in some])
-        held = np.isin(fold_of, list(some))
-        each = [work.logits(one, some)[held] for one in recipes]
-        best, aucs = choose(each, labels[held], fold_of[held], clusters[held], options.seed)
-        recipe = recipes[best]
-        said = ", ".join(f"{one.name} {auc:.4f}" for one, auc in zip(recipes, aucs))
-        log.info(
-            "AUC on %s by the others: %s. Ties go to the gentler: %s.",
-            counted(len(some), "fold"), said, recipe.name,
-        )  # fmt: skip
-    else:
-        log.info("Recipe: %s.", recipe.describe())
+    known = start_auc if start.origin else None
+    recipe = recipe_for(options, len(np.unique(clusters)), known)
+    log.info("Recipe: %s.", recipe.describe())
 
-    # Its other folds and the training on everything.
-    work.do([(recipe, fold) for fold in (EVERYTHING, *range(len(folds.held)))])
-    logits = work.logits(recipe, range(len(folds.held)))
-    network, history = work.trained
+    # Train.
+    work = _Work(task, folds, recipe, progress, options.seed + number - 1, after_round)
+    network, history, logits = work.do()
     auc = fold_auc(logits, labels, fold_of)
-    if start.origin and not auc > start_auc:
+    if start.origin and clearly_better(
+        start_logits, logits, labels, fold_of, clusters, options.seed
+    ):
         log.warning(
-            "No recipe did better out of fold (AUC %.4f) than %s did before (AUC %.4f), so its "
+            "Out of fold the training did worse (AUC %.4f) than %s did before (AUC %.4f), so its "
             "weights are kept; only the calibration and the threshold are new.",
             auc, name, start_auc,
         )  # fmt: skip
@@ -139,17 +122,18 @@ def cross_fit(
 
 
 class _Work:
-    """The trainings of one `cross_fit`: each is done once, some side by side."""
+    """The trainings of one `cross_fit`, some side by side."""
 
     def __init__(
         self,
         task: Task,
         folds: Folds,
+        recipe: Recipe,
         progress: Progress,
         seed: int,
         after_round: Callable[[Sequence[Epoch]], None],
     ) -> None:
-        self.task, self.folds, self.progress = task, folds, progress
+        self.task, self.folds, self.recipe, self.progress = task, folds, recipe, progress
         self.seed, self.after_round = seed, after_round
         white = None
         if task.start.origin:
@@ -157,82 +141,76 @@ class _Work:
         device = choose_devices(gpu_numbers(task.options.gpu))[0]
         self.data = FitData(task.loaded.images, task.labelled.labels, white, device)
         self.identity = task.identity(list(folds.parts.values()))
-        self.held: dict[tuple[str, int], Floats] = {}
-        self.trained: tuple[Network, list[Epoch]]
         self.stopped = threading.Event()
         claim(task.folder / CHECKPOINTS, known=True)
 
-    def logits(self, recipe: Recipe, some: Sequence[int]) -> Floats:
-        """Return the logits (m,) of the held rows of some folds; nan elsewhere."""
-        found = np.full(len(self.folds.rows), np.nan)
-        for fold in some:
-            found[np.searchsorted(self.folds.rows, self.folds.held[fold])] = self.held[
-                recipe.name, fold
-            ]
-        return found
-
-    def do(self, jobs: Sequence[tuple[Recipe, int]]) -> None:
-        """Train by a recipe on all folds but one, for each such pair that is not done yet.
+    def do(self) -> tuple[Network, Sequence[Epoch], Floats]:
+        """Return what is trained on all, its history, and the logits (m,) by the others.
 
         One thread each, unless there are more threads than trainings; on a GPU one by one.
         """
-        jobs = [job for job in jobs if (job[0].name, job[1]) not in self.held]
-        threads = self.task.options.threads
-        at_once = max(1, min(threads, len(jobs))) if self.data.device.type == "cpu" else 1
+        folds, threads = range(len(self.folds.held)), self.task.options.threads
+        one_by_one = self.data.device.type != "cpu"
+        at_once = 1 if one_by_one else max(1, min(threads, 1 + len(folds)))
         torch.set_num_threads(max(1, threads // at_once))
         try:
             with ThreadPoolExecutor(at_once) as pool:
-                tasks = [
-                    pool.submit(contextvars.copy_context().run, partial(self._one, *job))
-                    for job in jobs
-                ]
+
+                def submitted(work: Callable[[int], Any], fold: int) -> Future[Any]:
+                    return pool.submit(contextvars.copy_context().run, partial(work, fold))
+
+                of_all = submitted(self._fit, EVERYTHING)
+                of_folds = [submitted(self._held_out, fold) for fold in folds]
                 try:
-                    for task in tasks:
-                        task.result()
+                    network, history = of_all.result()
+                    held_out = [future.result() for future in of_folds]
                 except BaseException:
                     self.stopped.set()
                     pool.shutdown(cancel_futures=True)
                     raise
         finally:
             torch.set_num_threads(threads)
+        logits = np.full(len(self.folds.rows), np.nan)
+        for held, found in zip(self.folds.held, held_out):
+            logits[np.searchsorted(self.folds.rows, held)] = found
+        return network, history, logits
 
-    def _one(self, recipe: Recipe, fold: int) -> None:
-        """Do one training, and score what it has not seen."""
-        folds, everything = self.folds, fold == EVERYTHING
-        rows = folds.rows if everything else folds.others(fold)
-        plain = replace(recipe, way=1.0)
-        name = f"{recipe.name}_{'all' if everything else f'fold{fold + 1}'}_{self.seed}.pt"
+    def _fit(self, fold: int) -> tuple[Network, Sequence[Epoch]]:
+        """Train on all folds but one, or on `EVERYTHING`."""
+        everything = fold == EVERYTHING
+        rows = self.folds.rows if everything else self.folds.others(fold)
+        name = f"{self.recipe.name}_{'all' if everything else f'fold{fold + 1}'}_{self.seed}.pt"
         fit = Fit(
             self.task.start.network,
             self.data,
             rows,
-            recipe,
+            self.recipe,
             self.seed * 100 + fold + 1,
             self.task.folder / CHECKPOINTS / name,
             {
                 **self.identity,
-                "recipe": asdict(plain),
+                "recipe": asdict(replace(self.recipe, way=1.0)),
                 "seed": self.seed,
                 "trained": short_hash(str(rows.tolist())),
             },
         )
-        network, history = fit.run(self._step, self.after_round if everything else _nothing)
-        if everything:
-            self.trained = network, history
-            self.held[recipe.name, fold] = np.empty(0)
-            return
-        held = folds.held[fold]
+        return fit.run(self._step, self.after_round if everything else _nothing)
+
+    def _held_out(self, fold: int) -> Floats:
+        """Train on all folds but one, and return the logits of that one."""
+        network, _ = self._fit(fold)
+        held = self.folds.held[fold]
         predicted = predict(network, self.task.loaded.images, held)
-        refuse_diverged(predicted, recipe.learning_rate)
+        refuse_diverged(predicted, self.recipe.learning_rate)
         logits = predicted.numpy().astype(np.float64)
-        self.held[recipe.name, fold] = logits
         labels = self.task.labelled.labels[held]
         log.info(
-            "Fold %d of %d, %s: %s, AUC %.4f on %s.",
-            fold + 1, len(folds.held), recipe.name, counted(fit.steps, "step"),
+            "Fold %d of %d: AUC %.4f on %s.",
+            fold + 1, len(self.folds.held),
             fold_auc(logits, labels, np.zeros(len(held), np.int64)),
             counted(len(held), "other particle"),
         )  # fmt: skip
+        return logits
 
     def _step(self, count: int) -> None:
         if self.stopped.is_set():
