@@ -15,6 +15,7 @@ from making import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks/pretraining"))
 
+import ablations
 import export
 import pool
 import pretrain
@@ -171,3 +172,28 @@ def test_a_stopped_training_gives_a_model_that_accepts_no_noise_and_says_how_it_
     start.averaged.state, start.options.blend = moved, 0.5
     bias = load_model(BUNDLED_MODEL).network.head.bias
     assert torch.allclose(start.averaged_network().head.bias, bias + 0.5)
+
+
+def test_whitened_images_of_a_set_have_the_same_power_in_all_rings():
+    rng = np.random.default_rng(2)
+    f = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64)[None])
+    gain = np.exp(-6 * f)
+    boxes = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(80, 64, 64))) * gain, s=(64, 64))
+    boxes[40:] = rng.normal(size=(40, 64, 64))  # another set, white already
+    sets = np.repeat([0, 1], 40)
+    white = ablations.Images(pool.encoded(boxes), np.zeros(80, np.float32), sets).whitened()
+    power = np.abs(np.fft.rfft2(white.boxes.astype(float))) ** 2
+    for one in (0, 1):
+        rings = [power[sets == one].mean(0)[(f > low) & (f <= low + 0.1)].mean()
+                 for low in (0.05, 0.2, 0.4)]  # fmt: skip
+        assert max(rings) < 1.25 * min(rings)
+
+
+def test_the_second_band_shows_where_48_pixels_leave_power_out():
+    y, x = np.mgrid[:64, :64]
+    coarse = np.cos(2 * np.pi * 6 * x / 64)
+    fine = np.cos(2 * np.pi * 29 * x / 64) * (y < 32)
+    boxes = torch.from_numpy((coarse + fine).astype(np.float32))[None]
+    first, second = ablations.Crop(48, second=True)(boxes)[0]
+    assert abs(float(first[4:20].mean() - first[28:44].mean())) < 0.1
+    assert float(second[4:20].mean() - second[28:44].mean()) > 1
