@@ -20,7 +20,7 @@ START_ANGSTROM = 40
 REFINE = (
     "--auto_refine --split_random_halves --firstiter_cc --dont_combine_weights_via_disc "
     "--preread_images --pool 50 --pad 1 --ctf --flatten_solvent --zero_mask --oversampling 1 "
-    "--healpix_order 2 --auto_local_healpix_order 4 --offset_range 3 --offset_step 2 --sym C1 "
+    "--healpix_order 1 --auto_local_healpix_order 3 --offset_range 3 --offset_step 2 --sym C1 "
     f"--low_resol_join_halves {START_ANGSTROM} --norm --scale"
 )
 MPI = "mpirun --allow-run-as-root --oversubscribe --mca btl_vader_single_copy_mechanism none -n 3"
