@@ -23,10 +23,11 @@ from quality.sets import wrong_labels
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from relion_cryofilter.images.preprocess import FourierCrop
 from relion_cryofilter.images.small_images import noise_images
-from relion_cryofilter.nn.fitting import forgiving_loss
+from relion_cryofilter.nn.fitting import forgiving_losses
 from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
 from relion_cryofilter.nn.networks import Network
 from relion_cryofilter.simulate import random_molecule, simulate_images
@@ -101,6 +102,13 @@ def relabelled(
     return found
 
 
+def losses(logits: Tensor, targets: Tensor, forgiveness: float) -> Tensor:
+    """Return the loss of each image; soft targets, as smoothing makes, are for cross entropy."""
+    if forgiveness:
+        return forgiving_losses(logits, targets, forgiveness)
+    return binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
 def made_up(images: Tensor, count: int, rng: np.random.Generator) -> Tensor:
     """Return `count` negatives made of good images: shifted, or two of them added."""
     made = []
@@ -155,7 +163,7 @@ def tune(
                 group["lr"] = base * factor
             wanted = targets[rows] * (1 - smoothing) + smoothing / 2
             found = network(inputs[rows].contiguous(memory_format=torch.channels_last))
-            loss = forgiving_loss(found, wanted, weights[rows], forgiveness)
+            loss = (weights[rows] * losses(found, wanted, forgiveness)).mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()

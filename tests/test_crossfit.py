@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from making import Fixed, labelled_blobs, train_words
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from relion_cryofilter.errors import Aborted, CryoFilterError
 from relion_cryofilter.images.bad import BadImages
@@ -20,7 +21,7 @@ from relion_cryofilter.nn.crossfit import cross_fit
 from relion_cryofilter.nn.fitting import (
     Fit,
     FitData,
-    forgiving_loss,
+    forgiving_losses,
     interpolated,
     noise_of_spectrum,
     phase_randomised,
@@ -188,21 +189,21 @@ def test_noise_has_the_spectrum_of_its_images():
 
 
 def test_the_loss_forgives_what_the_network_is_sure_is_labelled_wrongly():
-    labels, weights = torch.tensor([1.0, 0, 1, 1]), torch.tensor([1.0, 2, 1, 1])
+    labels = torch.tensor([1.0, 0, 1, 1])
     given = torch.tensor([0.3, -0.5, -6.0, -200.0], requires_grad=True)
     p = torch.where(labels > 0, given, -given).sigmoid()
 
-    absolute = forgiving_loss(given, labels, weights, 1.0)
-    torch.testing.assert_close(absolute, (weights * (1 - p)).mean())
-    entropy = forgiving_loss(given, labels, weights, 0.0)
-    nearly = forgiving_loss(given, labels, weights, 1e-5)
+    torch.testing.assert_close(forgiving_losses(given, labels, 1.0), 1 - p)
+    entropy = binary_cross_entropy_with_logits(given, labels, reduction="none")
+    torch.testing.assert_close(forgiving_losses(given, labels, 0.0), entropy)
+    nearly = forgiving_losses(given, labels, 1e-5)
     torch.testing.assert_close(nearly, entropy, rtol=1e-2, atol=0)
 
-    (pull,) = torch.autograd.grad(forgiving_loss(given, labels, weights, 0.7), given)
+    (pull,) = torch.autograd.grad(forgiving_losses(given, labels, 0.7).sum(), given)
     assert torch.isfinite(pull).all()
     assert abs(pull[2]) < 0.1 * abs(pull[0])  # surely labelled wrongly
     assert abs(pull[3]) < 1e-6
-    (plain,) = torch.autograd.grad(entropy, given)
+    (plain,) = torch.autograd.grad(entropy.sum(), given)
     assert abs(plain[2]) > abs(plain[0])
 
 

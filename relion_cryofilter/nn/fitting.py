@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
+from torch.nn.functional import logsigmoid
 
 from relion_cryofilter.files import replacing
 from relion_cryofilter.images.preprocess import turn
@@ -155,7 +155,12 @@ class Fit:
             x, y, w = (torch.cat(each).to(self.data.device) for each in (batch, target, weight))
             with torch.autocast("cpu", torch.bfloat16, enabled=_reduced(network)):
                 logits = network(x).float()
-            loss = forgiving_loss(logits, y, w, recipe.forgiveness)
+            n_labelled = len(target[0])
+            losses = torch.cat([
+                forgiving_losses(logits[:n_labelled], y[:n_labelled], recipe.forgiveness),
+                forgiving_losses(logits[n_labelled:], y[n_labelled:], 0.0),  # surely bad
+            ])  # fmt: skip
+            loss = (w * losses).mean()
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -208,17 +213,14 @@ class Fit:
         return history
 
 
-def forgiving_loss(logits: Tensor, labels: Tensor, weights: Tensor, power: float) -> Tensor:
-    """Return the weighted mean of (1 - p^power) / power, p the probability of the label given.
+def forgiving_losses(logits: Tensor, labels: Tensor, power: float) -> Tensor:
+    """Return (1 - p^power) / power, (n,), p the probability of the label given, 0 or 1.
 
-    Of (n,) logits, labels 0 or 1, and weights. It is cross entropy as the power goes to 0 and the
-    absolute error at 1: what the network is sure is labelled wrongly pulls it less (Z. Zhang &
-    M. Sabuncu, NeurIPS 2018).
+    It is cross entropy as the power goes to 0, and the absolute error at 1: what the network is
+    sure is labelled wrongly pulls it less (Z. Zhang & M. Sabuncu, NeurIPS 2018).
     """
-    if not power:
-        return binary_cross_entropy_with_logits(logits, labels, weights)
     log_p = logsigmoid(torch.where(labels > 0, logits, -logits))
-    return (weights * -torch.expm1(power * log_p) / power).mean()
+    return -torch.expm1(power * log_p) / power if power else -log_p
 
 
 def interpolated(start: Network, end: Network, way: float) -> Network:

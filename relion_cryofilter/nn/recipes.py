@@ -51,7 +51,8 @@ class Recipe:
         Where between the weights of the start (0) and of the last step (1) those that are kept
         lie (M. Wortsman et al., CVPR 2022).
     forgiveness
-        Power of the loss, see `fitting.forgiving_loss`: 0 is cross entropy.
+        Power of the loss of labelled images, see `fitting.forgiving_losses`; that of pure noise,
+        which is surely bad, is cross entropy, as at 0.
     augmentation
         Whether each image is shown in another of its eight flips and rotations each time.
     """
