@@ -71,7 +71,7 @@ def runs_of(data: LabelledImages, seeds: int) -> list[Run]:
     needed = [(NO_LABELS, 0, 0.0, ALIKE)]
     if data.classified:
         needed += [(FINE_TUNED, None, noise, errors) for errors in (CLASSES, MISTAKE)]
-        return [Run(*each[:2], seed, *each[2:]) for each in needed for seed in range(seeds)]
+        return [Run(*each[:2], 0, *each[2:]) for each in needed]  # one classification: one seed
     needed += [(model, None, noise, ALIKE) for model in (ROBERTS, FINE_TUNED, THREE_PARTS)]
     needed += [(model, 300, noise, ALIKE) for model in (FINE_TUNED, THREE_PARTS)]
     if data.simulated:

@@ -133,7 +133,7 @@ def _weighted_auc(good: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> 
 
 def report(sets: Sequence[LabelledImages], work: Path, seeds: int) -> str:
     """Return the results file."""
-    results = [Results(data, work, seeds) for data in sets]
+    results = [Results(data, work, 1 if data.classified else seeds) for data in sets]
     tried = [result for result in results if not result.data.classified]
     model, start = load_model(BUNDLED_MODEL), load_model(START_MODEL)
     parts = [
@@ -161,7 +161,7 @@ def report(sets: Sequence[LabelledImages], work: Path, seeds: int) -> str:
         "4,032 picks, 8 % of them of a second molecule, classified at 48 px by RELION 3.1.3 (16 "
         "classes, 14 iterations). Classes with more good particles than others are kept; \"with a "
         "mistake\", also the one with most of the second molecule. Pairs are precision, recall. "
-        "The filter is trained on all of these labels, and scores are out of fold.",
+        "One seed. The filter is trained on all of these labels, and scores are out of fold.",
         _classes(results),
         "## Nulls", _nulls(tried),
         "## FPR at 95 % recall, all labels", _all_labels(tried, "fpr_at_95_recall"),
