@@ -150,7 +150,9 @@ def report(sets: Sequence[LabelledImages], work: Path, seeds: int) -> str:
         'Label 0 of the real sets is "away from every annotated particle" and holds some '
         "particles. Values are means over the seeds, intervals 95 % from a bootstrap over "
         "micrographs. The 2020 networks have their 2020 preprocessing and are scored with "
-        "eight-fold TTA; the default is not, since its score is the same for all eight views.",
+        "eight-fold TTA; the default is not, since its score is the same for all eight views. "
+        "\"Three parts\" is `--split 0.7`, the recipe before; what is \"not run\" here is in "
+        "[quality_split.md](quality_split.md), of such trainings.",
         "## AUC", _auc_table(tried),
         "## The bars", _bars(tried),
         "## What was asked and what was got",
