@@ -224,7 +224,8 @@ class TrainOptions(JobOptions, LabelOptions):
     )
     threshold: ThresholdRequest = option(
         "Threshold to store in the model, for the particles behind the labels as far as wrong "
-        "labels can be told: recall=0.95, precision=0.9, keep=0.6, 0.6, or 2020 (0.5).",
+        "labels can be told: recall=0.95, precision=0.9, balanced, keep=0.6, 0.6, or 2020 "
+        "(0.5).",
         "threshold", ThresholdRequest("recall", 0.95),
     )  # fmt: skip
     max_memory: float = option(

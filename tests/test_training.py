@@ -400,7 +400,8 @@ def test_fine_tuning_starts_from_a_model_and_checks_it(select_project, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("request_text", "code"), [("count=500", 2), ("keep=0.5", 0), ("0.7", 0), ("2020", 0)]
+    ("request_text", "code"),
+    [("count=500", 2), ("keep=0.5", 0), ("balanced", 0), ("0.7", 0), ("2020", 0)],
 )
 def test_the_threshold_to_store_is_by_request(select_project, request_text, code):
     assert job.main(train_words(f"--epochs 1 --threshold {request_text}").split()) == code

@@ -189,11 +189,11 @@ def _thresholds_table(
     for data in sets:
         for name, model in zip(names, models):
             values, cells = scores[data.name, name].round(DECIMALS), []
-            models_one = Models((model,), (name,))
+            alone = Models((model,), (name,))
             for request in (None, "balanced", "gmm", f"keep={data.good.mean():.2f}"):
                 try:
-                    asked = request and ThresholdRequest.parse(request)
-                    cut, _ = models_one.threshold(asked or None, values)
+                    asked = ThresholdRequest.parse(request) if request else None
+                    cut, _ = alone.threshold(asked, values)
                 except CryoFilterError:
                     cells.append("refused")
                     continue
