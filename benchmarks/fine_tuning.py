@@ -28,7 +28,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from relion_cryofilter.images.preprocess import FourierCrop
 from relion_cryofilter.images.small_images import noise_images
 from relion_cryofilter.nn.fitting import forgiving_losses
-from relion_cryofilter.nn.model import BUNDLED_MODEL, load_model
+from relion_cryofilter.nn.model import START_MODEL, load_model
 from relion_cryofilter.nn.networks import Network
 from relion_cryofilter.simulate import random_molecule, simulate_images
 
@@ -182,7 +182,7 @@ def tune(
 def main() -> None:
     """Run every variant and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, default=BUNDLED_MODEL)
+    parser.add_argument("--weights", type=Path, default=START_MODEL)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--only", default="", help="Only the variants whose names hold this.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fine_tuning.md"))

@@ -19,12 +19,12 @@ import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from export import logits_of
 from pool import BOX_PX, encoded, shard_path
 from pretrain import Training
 from real_images import UNIT, split_real
@@ -130,14 +130,15 @@ def simulated(work: Path, validation: bool, numbers: range) -> Images:
     return Images(*(np.concatenate(column) for column in zip(*parts)))
 
 
-def trained(variant: Variant, images: Images, options: Namespace, seen: int) -> Network:
-    """Return the averaged network after `seen` images."""
-    asked = {"seed": SEED, "widths": variant.widths, "dim": variant.dim, "init": None,
-             "learning_rate": RATE, "work": options.work / "none", "name": "none", "images": seen,
-             "hours": 1e9, "bf16": True}  # fmt: skip
-    make = TwoBands if variant.second else D4
+def trained(variant: Variant, images: Images, seen: int, folder: Path) -> Network:
+    """Return the averaged network after `seen` images; nothing is written to the folder."""
+    options = Namespace(
+        seed=SEED, init=None, learning_rate=RATE, images=seen, hours=1e9, bf16=True,
+        work=folder, name="none",
+    )  # fmt: skip
     torch.manual_seed(SEED)
-    training = Training(Namespace(**asked), make(variant.widths, variant.dim))
+    make = TwoBands if variant.second else D4
+    training = Training(options, make(variant.widths, variant.dim))
     crop, rng = Crop(variant.dim, variant.second), np.random.default_rng(SEED)
     while training.images < seen:
         rows = rng.integers(0, len(images.targets), BATCH)
@@ -145,17 +146,13 @@ def trained(variant: Variant, images: Images, options: Namespace, seen: int) -> 
         y, x = (BOX_PX - size) // 2 + rng.integers(-1, 2, 2) * (size < BOX_PX)
         boxes = torch.from_numpy(images.boxes[rows, y : y + size, x : x + size]).float() / UNIT
         training.step(crop(boxes), torch.from_numpy(images.targets[rows]))
-    network = make(variant.widths, variant.dim)
-    network.load_state_dict(training.averaged.state)
-    return network.eval().to(memory_format=torch.channels_last)
+    return training.averaged_network()
 
 
-def auc(network: Network, crop: Callable[[Tensor], Tensor], images: Images) -> float:
+def auc(network: Network, crop: Crop, images: Images) -> float:
     """Return the AUC on images; soft targets count as good from one half."""
-    with torch.inference_mode():
-        parts = torch.from_numpy(images.boxes).split(64)
-        logits = torch.cat([network(crop(part.float() / UNIT)) for part in parts])
-    return float(roc_auc_score(images.targets >= 0.5, logits.double().numpy()))
+    logits = logits_of(network, crop, images.boxes.astype(np.float32))
+    return float(roc_auc_score(images.targets >= 0.5, logits))
 
 
 def main() -> None:
@@ -185,7 +182,7 @@ def main() -> None:
             used = (
                 {name: part.whitened() for name, part in sets.items()} if variant.whitened else sets
             )
-            network = trained(variant, used["training"], options, int(options.images))
+            network = trained(variant, used["training"], int(options.images), folder)
             seconds = time.process_time() - began
             crop = Crop(variant.dim, variant.second)
             found = [auc(network, crop, used[name]) for name in ("validation", "KLH")]
@@ -195,8 +192,8 @@ def main() -> None:
         lines.append(f"| {variant.name} | {figures} | {facts['seconds']:.0f} |")
         print(lines[-1], flush=True)
     head = ["| network | validation, AUC | KLH, AUC | CPU seconds |", "|---|---|---|---|"]
-    text = "# " + "\n".join(["\n".join(str(__doc__).splitlines()), *head, *lines])
-    write_text(options.out, text + "\n")
+    about = f"# {__doc__}\nOne seed, {options.images:,.0f} images each.\n\n"
+    write_text(options.out, about + "\n".join([*head, *lines]) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ composites of simulated particles and real ice; real junk is that of the trainin
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from pool import VALIDATION_SEED, Pool, random_phases
 from real_images import UNIT, split_real
 from scipy.optimize import minimize_scalar
 from sklearn.metrics import roc_auc_score
+from torch import Tensor
 
 from relion_cryofilter.images.preprocess import FourierCrop
 from relion_cryofilter.nn.model import CURVE, Model, load_model
@@ -103,8 +105,10 @@ def export(training: Training, path: Path) -> None:
     print(f"begins at {beginning:.3f}, temperature {temperature}; junk of the training: {accepted}")
 
 
-def logits_of(network: Network, recipe: FourierCrop, images: np.ndarray) -> np.ndarray:
-    """Return the logits (n,) of images (n, box, box)."""
+def logits_of(
+    network: Network, recipe: Callable[[Tensor], Tensor], images: np.ndarray
+) -> np.ndarray:
+    """Return the logits (n,) of images (n, box, box), made small by a recipe."""
     with torch.inference_mode():
         parts = [network(recipe(part)) for part in torch.from_numpy(images).split(64)]
     return torch.cat(parts).double().numpy()

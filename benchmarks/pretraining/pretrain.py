@@ -14,6 +14,7 @@ calibrated.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import multiprocessing
@@ -133,7 +134,7 @@ class Training:
         further on other images is often best between the two (M. Wortsman et al., CVPR 2022).
         """
         options = self.options
-        network = build_network("d4", widths=list(options.widths), dim=options.dim)
+        network = copy.deepcopy(self.network)
         state = self.averaged.state
         if options.init and options.blend < 1:
             start = load_model(options.init).network.state_dict()
