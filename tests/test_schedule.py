@@ -24,12 +24,12 @@ RUN = ["relion_scheduler", "--schedule", "filter", "--run"]
 SCORES = Path("External/job004/scores.csv")
 
 
-def add_micrograph(number):
+def add_micrograph(number, where="Micrographs"):
     """Write a simulated micrograph and its picks, as a microscope and a picker would."""
     molecule = random_molecule(np.random.default_rng(0), 120.0)
     rng = np.random.default_rng(number)
     image, picks = simulate_micrograph(rng, molecule, ["particle"] * PICKS, box_px=BOX, snr=0.2)
-    folder = Path("Micrographs")
+    folder = Path(where)
     folder.mkdir(exist_ok=True)
     rows = "".join(f"{x:12.2f} {y:12.2f}\n" for x, y in zip(picks.x, picks.y))
     (folder / f"mic{number}_pick.star").write_text(f"{PICK_HEAD}{rows}\n")
@@ -50,12 +50,15 @@ def test_a_schedule_extracts_and_scores_in_turns_as_micrographs_come(tmp_path, m
     Path("default_pipeline.star").write_text(EMPTY)
     add_micrograph(1)
     add_micrograph(2)
+    add_micrograph(3, where="coming")
     make_schedule("--rounds", "2", "--score", "threshold keep=0.5", "any_contrast Yes")
     with started(RUN, stdout=subprocess.PIPE, text=True) as running:
+        wait_until(Path("External/job004/run.out").exists, running)  # round 1 has read its picks
+        first = Path("Extract/job003/Micrographs/mic1.mrcs").stat()
+        for path in Path("coming").iterdir():
+            path.rename(Path("Micrographs") / path.name)
         wait_until(Path("External/job004/RELION_JOB_EXIT_SUCCESS").exists, running)
         assert len(SCORES.read_text().splitlines()) == 2 * PICKS
-        first = Path("Extract/job003/Micrographs/mic1.mrcs").stat()
-        add_micrograph(3)
         said, _ = running.communicate(timeout=PATIENCE_S)
     assert running.returncode == 0, said
     assert "reached an exit point" in said

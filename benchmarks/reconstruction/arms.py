@@ -17,7 +17,7 @@ from relion_cryofilter.files import ACCEPTED, MODEL
 from relion_cryofilter.files import ALL as SCORED
 from relion_cryofilter.particles.particles import ParticleSet, read_particles
 
-SMALL, CLASSES, ITERATIONS = 44, 20, 20
+SMALL, CLASSES, ITERATIONS = 44, 16, 14
 MASK = 1.2
 """Mask diameter / particle diameter."""
 ALL, SELECTED, TRAINED = "all picks", "2D classes", "2D classes, then trained on them"
