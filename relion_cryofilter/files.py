@@ -65,6 +65,7 @@ RANDOM, SAMPLE = "particles_random.star", "particles_rejected_sample.star"
 """As many as are accepted, of `select --random`, and a part of the rejected, of `check`."""
 
 SCORES_CSV, FEATURES, BAD_IMAGES = "scores.csv", "features.npy", "bad_images.csv"
+ADAPTED_MODEL = "adapted_model.safetensors"
 """Of `score`."""
 
 MODEL, HISTORY, CHECKPOINT = "model.safetensors", "history.csv", "checkpoint_last.pt"
@@ -106,7 +107,7 @@ def numbered(name: str, number: int) -> str:
 
 _RESULT = re.compile(
     r"particles(_accepted|_rejected|_rejected_sample|_random)?(_passthrough\d*)?\.(star|cs|csg)"
-    r"|scores\.(csv|png)|input\.cs|features\.npy|bad_images\.csv|model(_\d+)?\.safetensors"
+    r"|scores\.(csv|png)|input\.cs|features\.npy|bad_images\.csv|(adapted_)?model(_\d+)?\.safetensors"
     r"|history(_\d+)?\.(csv|png)|checkpoint_last(_\d+)?\.pt|[a-z_]+_(all|fold\d+)_\d+\.pt"
     r"|suspicious_labels(_passthrough\d*)?\.(star|cs|csg)"
     r"|metrics\.json|predictions\.csv|logfile\.pdf|report\.html|RELION_OUTPUT_NODES\.star"

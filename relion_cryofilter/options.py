@@ -143,6 +143,10 @@ class ScoreOptions(ModelOptions):
     project_dir: Path | None = option(
         "For a CryoSPARC .cs file: the project's folder, if the file is not in it.", "path"
     )
+    adapt: bool = option(
+        "Without labels: first fit the bundled model to these images, taught by what it is surest "
+        "of; takes about half a minute. Kept in --o, and used again by Continue.", "flag", False,
+    )  # fmt: skip
     junk: Path | None = option(
         "Particles known to be junk, as --in_parts: how many of them would pass is said.", "path"
     )

@@ -19,7 +19,7 @@ from relion_cryofilter.simulate.micrograph import (
 )
 from relion_cryofilter.simulate.specimen import random_rotation
 
-MOLECULE, BOX, SIZE, SNR, JUNK = "4v4r_30S", 64, 0.58, 0.03, 0.5
+MOLECULE, BOX, SIZE, SNR, JUNK = "4v4r_30S", 64, 0.58, 0.1, 0.5
 MICROGRAPHS, PICKS, SEED = 100, 84, 401
 VIEWS, PREFERRED = 500, 0.3
 """Directions that particles are seen from; two of them have this share each."""

@@ -15,12 +15,13 @@ from scipy.spatial.transform import Rotation
 
 from relion_cryofilter.particles.particles import read_particles
 
-START_ANGSTROM = 40
+START_ANGSTROM = 30
 """The true map, low-passed to this, is the start of all refinements."""
 REFINE = (
     "--auto_refine --split_random_halves --firstiter_cc --dont_combine_weights_via_disc "
     "--preread_images --pool 50 --pad 1 --ctf --flatten_solvent --zero_mask --oversampling 1 "
-    "--healpix_order 1 --auto_local_healpix_order 3 --offset_range 3 --offset_step 2 --sym C1 "
+    "--healpix_order 1 --auto_local_healpix_order 3 --maxsig 100 --offset_range 3 "
+    "--offset_step 2 --sym C1 "
     f"--low_resol_join_halves {START_ANGSTROM} --norm --scale"
 )
 MPI = "mpirun --allow-run-as-root --oversubscribe --mca btl_vader_single_copy_mechanism none -n 3"

@@ -11,6 +11,7 @@ import numpy as np
 
 from relion_cryofilter.errors import UsageError
 from relion_cryofilter.files import (
+    ADAPTED_MODEL,
     BAD_IMAGES,
     FEATURES,
     LOGFILE,
@@ -26,7 +27,8 @@ from relion_cryofilter.files import (
 from relion_cryofilter.images.contrast import check_contrast
 from relion_cryofilter.locks import one_run
 from relion_cryofilter.nn import score_cache
-from relion_cryofilter.nn.model import Models, read_models
+from relion_cryofilter.nn.adaptation import adapted, is_adapted
+from relion_cryofilter.nn.model import Models, load_model, read_models
 from relion_cryofilter.nn.score_cache import ScoreCache
 from relion_cryofilter.nn.scoring import How, Scores, score_particles
 from relion_cryofilter.options import ScoreOptions
@@ -97,6 +99,8 @@ def filter_particles(
 
     # Compute: the scores, and who is accepted.
     places.csv.parent.mkdir(parents=True, exist_ok=True)
+    if options.adapt:
+        models = _adapted(models, particles, options, ranks, abort_requested)
     scores = score_particles(
         particles,
         models,
@@ -134,6 +138,28 @@ def filter_particles(
     return Filtered(chosen, outputs)
 
 
+def _adapted(
+    models: Models,
+    particles: ParticleSet,
+    options: ScoreOptions,
+    ranks: Ranks,
+    abort_requested: Callable[[], bool],
+) -> Models:
+    """Return the model in ``--o`` that was adapted to these particles, made if it is not there."""
+    path = Path(options.o or "") / ADAPTED_MODEL
+    if ranks.first:
+        known = path.exists() and not options.rescore
+        if known and is_adapted(load_model(path), particles, models):
+            log.info("%s was adapted by an earlier run (--rescore adapts anew).", path)
+        else:
+            remove(path)
+            model = adapted(particles, models, options, path.parent, abort_requested)
+            if model:
+                model.save(path)
+    ranks.wait()
+    return read_models([path], **options.beliefs) if path.exists() else models
+
+
 def _write(
     places: _Places, options: ScoreOptions, particles: ParticleSet, scores: Scores, chosen: Chosen
 ) -> tuple[tuple[Output, ...], dict[str, str]]:
@@ -146,7 +172,10 @@ def _write(
         outputs, holds = write_subsets(
             places.star, table, chosen.accepted, chosen.values, options.score_label
         )
-        for name, made in ((FEATURES, options.features), (BAD_IMAGES, len(bad))):
+        of_this_run = {
+            FEATURES: options.features, BAD_IMAGES: len(bad), ADAPTED_MODEL: options.adapt,
+        }  # fmt: skip
+        for name, made in of_this_run.items():
             if not made:
                 remove(places.star / name)
                 if (places.star / name).is_dir():
@@ -173,6 +202,7 @@ def _conclude(places: _Places, holds: dict[str, str], scores: Scores, chosen: Ch
         FEATURES: counted(n, "feature vector"),
         f"{score_cache.NAME}{score_cache.SUFFIX}": "scores for Continue; may be deleted",
         BAD_IMAGES: counted(len(scores.bad), "image"),
+        ADAPTED_MODEL: "the bundled model, adapted to these particles",
         LOGFILE: "for RELION's Display menu",
         REPORT: "the same for a browser, with a threshold slider",
     }
@@ -199,11 +229,16 @@ class _Places:
 def _places(options: ScoreOptions) -> _Places:
     if (options.in_parts is None) == (not options.mrc):
         raise UsageError("Give either --in_parts particles.star or --mrc a.mrcs b.mrcs.")
+    if options.adapt and (options.o is None or options.weights):
+        raise UsageError(
+            "--adapt is of the bundled model, and keeps what comes of it in --o FOLDER/: give --o, "
+            "and no --weights."
+        )
     if options.o is None and options.out_file is None:
         raise UsageError("Say where the results go: --o FOLDER/, or --out_file scores.csv.")
     csv = options.out_file or Path(options.o or "") / SCORES_CSV
     extras = options.o or csv.parent
-    names = (FEATURES, BAD_IMAGES, *(subset_names() if options.o else ()))
+    names = (FEATURES, BAD_IMAGES, ADAPTED_MODEL, *(subset_names() if options.o else ()))
     others = [extras / name for name in names]
     beside = csv.parent.resolve() == extras.resolve() and csv.name != SCORES_CSV
     if csv.is_dir() or (beside and is_result(csv.name)):
@@ -284,12 +319,13 @@ def _announce(particles: ParticleSet, models: Models, options: ScoreOptions, ran
         f"at threshold {options.threshold}" if options.threshold else "at the model's threshold",
         f"{options.o}/" if options.o else options.out_file,
     )  # fmt: skip
-    if not options.weights:
+    if not options.weights and not options.adapt:
         log.warning(
             "The bundled model knows simulated particles and few real ones. Its own threshold lets "
             "hardly any noise or ice pass and loses weak particles with them; --threshold balanced "
-            "loses fewer, keep=0.6 asks for a share. Look at both subsets before you discard "
-            "anything, and train a model on your own choices (mode train)."
+            "loses fewer, keep=0.6 asks for a share, and --adapt sorts better. Look at both "
+            "subsets before you discard anything, and train a model on your own choices (mode "
+            "train)."
         )
     label = options.score_label
     if particles.table is not None and label in particles.table.labels:

@@ -14,8 +14,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from torch import Tensor
 
-from relion_cryofilter.images.small_images import noise_images
 from relion_cryofilter.nn.fitting import MOST_SPECTRA, noise_of_spectrum
 from relion_cryofilter.nn.linear import linear_baseline, radial_features
 from relion_cryofilter.nn.measurement import Measured
@@ -258,6 +258,19 @@ def baseline_test(
     return SelfTest.of(name, ours >= linear, finding, meaning)
 
 
+def pure_noise(task: Task, small: Tensor, rows: np.ndarray) -> dict[str, Tensor]:
+    """Return small images of noise by their kind, for boxes like those of `rows`.
+
+    White noise, and where there is one channel, noise with the mean spectrum of `small`.
+    """
+    seed = task.options.seed
+    noises = {"white noise": task.white_noise(rows, N_NOISE, seed)}
+    if task.start.preprocess.channels == 1:
+        own = noise_of_spectrum(small[:MOST_SPECTRA], N_NOISE, seed)
+        noises["noise of the set's spectrum"] = own
+    return noises
+
+
 def run_self_tests(
     models: Models, measured: Measured, task: Task, split: Split | Folds
 ) -> list[SelfTest]:
@@ -300,15 +313,9 @@ def run_self_tests(
     features = np.concatenate(
         [radial_features(part[:, 0].numpy()) for part in torch.split(small, FEATURES_AT_ONCE)]
     )
-    box = int(np.median(loaded.boxes_px[used]))
-    preprocess = models.members[0].preprocess
-    noises = {"white noise": preprocess(noise_images(box, N_NOISE, seed))}
-    if preprocess.channels == 1:
-        own = noise_of_spectrum(small[:MOST_SPECTRA], N_NOISE, seed)
-        noises["noise of the set's spectrum"] = own
     noise_scores = {
         kind: np.mean([model.probabilities(noise).numpy() for model in models], axis=0)
-        for kind, noise in noises.items()
+        for kind, noise in pure_noise(task, small, used).items()
     }
     statistics = {name: values[used] for name, values in statistics.items()}
     return [
