@@ -5,28 +5,34 @@
 The sets are those of the quality benchmark and the half of KLH that the pre-training leaves out;
 the linear baseline, logistic regression on radial profile and spectrum with all labels, scores
 each micrograph by a fit without it. Junk is noise of four makes, noise with the spectra of each
-set, and the real junk that is kept from the pre-training by micrograph. Nothing is tuned here.
+set, and the real junk that is kept from the pre-training by micrograph. `score --adapt` sees the
+images of each set, no labels. Nothing is tuned here.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import torch
 from runs import score_images
 from sets import all_sets
 from table import _table, _weighted_auc
 
+from relion_cryofilter.commands.score import score
 from relion_cryofilter.errors import CryoFilterError
+from relion_cryofilter.files import ADAPTED_MODEL
 from relion_cryofilter.images.preprocess import FourierCrop
 from relion_cryofilter.kinds import ThresholdRequest
 from relion_cryofilter.nn.linear import out_of_fold_scores, radial_features
 from relion_cryofilter.nn.model import BUNDLED_MODEL, Model, Models, load_model
+from relion_cryofilter.options import ScoreOptions
 from relion_cryofilter.thresholds import DECIMALS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "pretraining"))
@@ -128,6 +134,7 @@ def main() -> None:
     text += ["## Accepted at the model's own threshold, at 0.5, and at the balanced one"]
     text += [_accepted_table(options.real, sets, names, models, scores)]
     text += ["## Thresholds without labels", _thresholds_table(sets, names, models, scores)]
+    text += ["## With --adapt", _adapted_table(options.real, sets, options.work)]
     options.out.write_text("\n\n".join(part.strip() for part in text) + "\n")
     print(f"wrote {options.out}")
 
@@ -202,6 +209,58 @@ def _thresholds_table(
             lines.append([data.name, name, *cells])
     head = ["set", "model", "own threshold: balanced accuracy (good, junk accepted)",
             "balanced", "gmm", "keep= the true share"]  # fmt: skip
+    return _table(head, lines)
+
+
+def adapted_to(data: Labelled, work: Path) -> Model:
+    """Return what ``score --adapt`` makes of the bundled model, kept in `work`."""
+    folder = work / "adapted" / re.sub("[^a-z0-9]+", "_", data.name.lower())
+    if not (folder / ADAPTED_MODEL).exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        stack = folder / "images.mrcs"
+        mrcfile.write(stack, np.asarray(data.images, np.float32), overwrite=True)
+        score(ScoreOptions(mrc=(stack,), o=folder, adapt=True, quiet=True))
+        stack.unlink()
+    return load_model(folder / ADAPTED_MODEL)
+
+
+def _adapted_table(real: Path, sets: list[Labelled], work: Path) -> str:
+    """Return what adapting gives on each set, and what of noise and real junk would pass then."""
+    junk = {name: np.asarray(images, np.float32) for name, images in junk_sets(real, sets)}
+    bundled, lines, found = load_model(BUNDLED_MODEL), [], []
+    for data in sets:
+        images, model = np.asarray(data.images, np.float32), adapted_to(data, work)
+        aucs, cells = [], []
+        for one in (bundled, model):
+            values = score_images(one, images, tta=False)
+            auc, cell = auc_cell(data, values)
+            good, bad = (
+                (values[data.good == kind] >= one.threshold).mean() for kind in (True, False)
+            )
+            aucs.append(auc)
+            cells += [cell, f"{(1 + good - bad) / 2:.3f} ({good:.0%}, {bad:.0%})"]
+        passed = {
+            name: (score_images(model, part, tta=False) >= model.threshold).mean()
+            for name, part in junk.items()
+            if name == "noise, white" or name.endswith(data.name) or name.startswith("real, ")
+        }
+        noise = (
+            f"{passed.pop('noise, white'):.1%}, {passed.pop(f'noise, spectra of {data.name}'):.1%}"
+        )
+        ice = ", ".join(
+            f"{passed[f'real, {kind}']:.1%}"
+            for kind in ("clean_ice_field", "carbon_gold_grating", "liposome")
+        )
+        found.append(aucs)
+        lines.append([data.name, *cells, noise, ice])
+    for what, simulated in (("real", False), ("simulated", True)):
+        means = np.mean([a for a, data in zip(found, sets) if data.simulated == simulated], axis=0)
+        lines.append([f"mean, {what}", f"{means[0]:.3f}", "", f"{means[1]:.3f}", "", "", ""])
+    head = [
+        "set", "bundled, AUC", "balanced accuracy at its threshold (good, junk accepted)",
+        "adapted, AUC", "at its threshold", "noise accepted: white, the set's",
+        "ice, grating, liposomes",
+    ]  # fmt: skip
     return _table(head, lines)
 
 

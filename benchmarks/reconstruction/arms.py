@@ -21,7 +21,8 @@ SMALL, CLASSES, ITERATIONS = 44, 16, 14
 MASK = 1.2
 """Mask diameter / particle diameter."""
 ALL, SELECTED, TRAINED = "all picks", "2D classes", "2D classes, then trained on them"
-UNLABELLED, TRUE = "bundled model, no labels", "the true particles"
+UNLABELLED, ADAPTED = "no labels: bundled model", "no labels: --adapt"
+TRUE = "the true particles"
 
 
 def arms(project: Path, truth: Truth, threads: int) -> dict[str, np.ndarray]:
@@ -51,9 +52,13 @@ def arms(project: Path, truth: Truth, threads: int) -> dict[str, np.ndarray]:
     unlabelled = _accepted(
         project, particles, "External/unlabelled", f"{score} External/unlabelled/"
     )
-    found = {ALL: np.ones(n, bool), SELECTED: selected, TRAINED: trained, UNLABELLED: unlabelled}
+    adapted = _accepted(
+        project, particles, "External/adapted", f"{score} External/adapted/ --adapt"
+    )
+    found = {ALL: np.ones(n, bool), SELECTED: selected, TRAINED: trained,
+             UNLABELLED: unlabelled, ADAPTED: adapted}  # fmt: skip
     rng = np.random.default_rng(0)
-    for name in (SELECTED, TRAINED, UNLABELLED):
+    for name in (SELECTED, TRAINED, ADAPTED):
         chosen = rng.permutation(n) < found[name].sum()
         found[f"random, as many as: {name}"] = chosen
     return {**found, TRUE: truth.good}

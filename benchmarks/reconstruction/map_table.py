@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from picks import JUNK, MOLECULE, SNR, Truth
+from picks import JUNK, MOLECULE, SIZE, SNR, Truth
 from refine import START_ANGSTROM, Map, resolution
 
 import relion_cryofilter
@@ -39,7 +39,8 @@ def report(arms: dict[str, np.ndarray], maps: dict[str, list[Map]], truth: Truth
     )
     about = (
         f"{len(good):,} simulated picks of {MOLECULE}, which no pre-training has seen, at "
-        f"{truth.pixel_size:.2f} Å/px and SNR {SNR:g}, in two preferred views and many others; "
+        f"{truth.pixel_size:.2f} Å/px and an SNR of {SNR:g} within the particle's circle "
+        f"({SNR * np.pi / 4 * SIZE**2:.3f} of the box), in two preferred views and many others; "
         f"{100 * JUNK:.0f} % are junk of all kinds. Every arm is refined with the same settings "
         f"from the true map low-passed to {START_ANGSTROM} Å. Resolutions, Å, are where the "
         "Fourier shell correlation of half maps falls below 0.143 and that with the true map below "

@@ -27,7 +27,6 @@ from relion_cryofilter.files import (
 from relion_cryofilter.images.contrast import check_contrast
 from relion_cryofilter.locks import one_run
 from relion_cryofilter.nn import score_cache
-from relion_cryofilter.nn.adaptation import adapted, is_adapted
 from relion_cryofilter.nn.model import Models, load_model, read_models
 from relion_cryofilter.nn.score_cache import ScoreCache
 from relion_cryofilter.nn.scoring import How, Scores, score_particles
@@ -146,6 +145,8 @@ def _adapted(
     abort_requested: Callable[[], bool],
 ) -> Models:
     """Return the model in ``--o`` that was adapted to these particles, made if it is not there."""
+    from relion_cryofilter.nn.adaptation import adapted, is_adapted  # slow to import
+
     path = Path(options.o or "") / ADAPTED_MODEL
     if ranks.first:
         known = path.exists() and not options.rescore

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from relion_cryofilter.files import CHECKPOINTS, claim
 from relion_cryofilter.images.small_images import load_small_images
 from relion_cryofilter.kinds import ThresholdRequest, gpu_numbers
 from relion_cryofilter.nn.fitting import MOST_SPECTRA, NOISE_POOL, Fit, FitData
@@ -53,7 +52,7 @@ def adapted(
     """Return a model adapted to particles (n), or None if too few of them can be used.
 
     Its threshold is 0.5, where an image is as likely to be taught as good and as bad. `folder`
-    holds the checkpoints, from which an adaptation that was stopped is resumed.
+    holds the checkpoint until then, from which an adaptation that was stopped is resumed.
 
     Raises
     ------
@@ -92,14 +91,13 @@ def adapted(
     task = Task(training, LabelledSet(some, labels), loaded, start, folder)
     rows = rows[sure]
     white = task.white_noise(rows, NOISE_POOL, NOISE_SEED)
-    claim(task.folder / CHECKPOINTS, known=True)
     fit = Fit(
         start.network,
         FitData(loaded.images, labels, white, choose_devices(gpu_numbers(options.gpu))[0]),
         rows,
         USUAL,
         training.seed,
-        task.folder / CHECKPOINTS / "adapted_all_0.pt",
+        folder / "adapted_all_0.pt",
         {**task.identity([rows]), "recipe": asdict(USUAL), "taught_by": teacher.hash},
     )
     log.info(
@@ -108,11 +106,12 @@ def adapted(
     )  # fmt: skip
     progress = Progress(fit.steps * USUAL.batch_size, "image steps", abort_requested)
     before = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)  # sums don't depend on how many there are
     try:
         network, _ = fit.run(progress.step)
     finally:
         torch.set_num_threads(before)
+    fit.checkpoint.unlink()
     refuse_diverged(predict(network, loaded.images, rows), USUAL.learning_rate)
     provenance = {
         **task.provenance(rows), ADAPTED: _key(particles, bundled),
