@@ -37,7 +37,9 @@ good, and a half of them would teach it."""
 LEAST_SHARE = 0.1
 """Of each kind, whatever the scores say."""
 ADAPTED = "adapted_to"
-"""Key of the provenance: the particles, and the models that were adapted."""
+"""Key of the provenance: the particles, and the model that taught."""
+ABOUT = ("source", "fine_tuned_from", "pixel_sizes_angstrom", "boxes_px", "versions")
+"""What else the provenance holds; labels of people were not seen."""
 
 log = logging.getLogger("relion_cryofilter")
 
@@ -65,7 +67,7 @@ def adapted(
     rng = np.random.default_rng(0)
     sample = np.sort(rng.permutation(len(particles))[:SAMPLE])
     some = particles.take(sample)
-    training = TrainOptions(o=options.o, j=options.threads, gpu=options.gpu)
+    training = TrainOptions(j=options.threads, gpu=options.gpu)
     labelled = LabelledSet(some, np.zeros(len(some), bool))
     start = start_of(training, labelled)
     loaded = load_small_images(
@@ -113,10 +115,8 @@ def adapted(
         torch.set_num_threads(before)
     fit.checkpoint.unlink()
     refuse_diverged(predict(network, loaded.images, rows), USUAL.learning_rate)
-    provenance = {
-        **task.provenance(rows), ADAPTED: _key(particles, bundled),
-        "labels": ["the surest scores of the bundled model"],
-    }  # fmt: skip
+    about = task.provenance(rows)
+    provenance = {key: about[key] for key in ABOUT} | {ADAPTED: _key(particles, bundled)}
     model = Model(network, start.preprocess, 0.5, provenance=provenance)
     shares = [
         f"{(model.probabilities(noise) >= model.threshold).float().mean():.1%} of {kind}"
