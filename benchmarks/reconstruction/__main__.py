@@ -3,9 +3,10 @@
     python benchmarks/reconstruction --maps FOLDER --work FOLDER [--seeds 1] [--j 2] [--only ARM]
 
 Simulates picks of a molecule that no pre-training has seen, half of them junk of all kinds, sorts
-them in several ways (arms.py), and refines each arm with RELION 3.1.3's `relion_refine_mpi
---auto_refine` from the same low-passed start. Does what is not in --work yet, so a stopped
-benchmark goes on, then writes benchmarks/results/reconstruction.md and .png from all that is there.
+them in several ways (arms.py), aligns all picks to the low-passed true map (RELION 3.1.3, all
+orientations), and refines each arm by itself from there (`relion_refine_mpi --auto_refine`, local
+searches, half sets). Does what is not in --work yet, so a stopped benchmark goes on, then writes
+benchmarks/results/reconstruction.md and .png from all that is there.
 """
 
 import argparse
@@ -21,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "quality"))
 from arms import arms
 from map_table import plot, report
 from picks import picks
-from refine import Map, refined
+from refine import Map, aligned, refined
 
 
 def main() -> None:
@@ -38,11 +39,12 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     truth = picks(options.maps, options.work)
     sorted_in = arms(options.work, truth, options.j)
+    start = aligned(truth, options.work, options.j)
     maps: dict[str, list[Map]] = {name: [] for name in sorted_in}
     for seed in range(1, options.seeds + 1):
         for name, kept in sorted_in.items():
             if not options.only or re.search(options.only, name):
-                maps[name].append(refined(name, kept, truth, options.work, seed))
+                maps[name].append(refined(name, kept, truth, options.work, seed, start))
                 print(f"{name}, seed {seed}: {np.count_nonzero(kept):,} picks", flush=True)
     options.out.write_text(report(sorted_in, maps, truth))
     plot(maps, truth, options.out.with_suffix(".png"))

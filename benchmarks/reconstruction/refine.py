@@ -17,12 +17,15 @@ from relion_cryofilter.particles.particles import read_particles
 
 START_ANGSTROM = 30
 """The true map, low-passed to this, is the start of all refinements."""
-REFINE = (
-    "--auto_refine --split_random_halves --firstiter_cc --dont_combine_weights_via_disc "
+USUAL = (
+    f"--ref truth.mrc --ini_high {START_ANGSTROM} --firstiter_cc --dont_combine_weights_via_disc "
     "--preread_images --pool 50 --pad 1 --ctf --flatten_solvent --zero_mask --oversampling 1 "
-    "--healpix_order 1 --auto_local_healpix_order 3 --maxsig 100 --offset_range 3 "
-    "--offset_step 2 --sym C1 "
-    f"--low_resol_join_halves {START_ANGSTROM} --norm --scale"
+    "--offset_step 2 --maxsig 100 --sym C1 --norm --scale"
+)
+ALIGN = f"{USUAL} --iter 1 --healpix_order 2 --offset_range 3 --random_seed 1"
+REFINE = (
+    f"{USUAL} --auto_refine --split_random_halves --healpix_order 3 --auto_local_healpix_order 3 "
+    f"--offset_range 2 --low_resol_join_halves {START_ANGSTROM}"
 )
 MPI = "mpirun --allow-run-as-root --oversubscribe --mca btl_vader_single_copy_mechanism none -n 3"
 
@@ -41,22 +44,51 @@ class Map:
     error: float
 
 
-def refined(name: str, kept: np.ndarray, truth: Truth, project: Path, seed: int) -> Map:
-    """Return the map of the picks `kept` (n,), which is made where it is not there yet."""
+def aligned(truth: Truth, project: Path, threads: int) -> Path:
+    """Return the STAR file of all picks with their orientations by the low-passed true map.
+
+    All orientations are searched here, once for all arms: it takes most of the time.
+    """
+    folder = project / "Align"
+    found = folder / "run_it001_data.star"
+    if not found.exists():
+        folder.mkdir(exist_ok=True)
+        relion(
+            ["relion_refine", "--i", PICKS_STAR, "--o", "Align/run"],
+            f"{ALIGN} --particle_diameter {MASK * truth.diameter:.0f} --j {threads}",
+            project,
+        )
+    return found
+
+
+def refined(
+    name: str, kept: np.ndarray, truth: Truth, project: Path, seed: int, start: Path
+) -> Map:
+    """Return the map of the picks `kept` (n,), which is made where it is not there yet.
+
+    `start` is the STAR file with the orientations that are refined.
+    """
     job = f"Refine3D/{re.sub('[^a-z0-9]+', '_', name.lower())}_{seed}"
     folder = project / job
     if not (folder / "run_class001.mrc").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        table = read_particles(project / PICKS_STAR).table
+        table = read_particles(start).table
         assert table is not None
+        rows, _ = particles_of_one_stack(start)
         (folder / "particles.star").unlink(missing_ok=True)
-        table.write({folder / "particles.star": kept})
+        table.write({folder / "particles.star": kept[rows]})
         relion(
-            [*MPI.split(), "relion_refine_mpi", "--i", f"{job}/particles.star", "--o", f"{job}/run",
-             "--ref", "truth.mrc", "--ini_high", str(START_ANGSTROM)],
+            [
+                *MPI.split(),
+                "relion_refine_mpi",
+                "--i",
+                f"{job}/particles.star",
+                "--o",
+                f"{job}/run",
+            ],
             f"{REFINE} --particle_diameter {MASK * truth.diameter:.0f} --random_seed {seed} --j 1",
             project,
-        )  # fmt: skip
+        )
     halves = [_read(folder / f"run_half{half}_class001_unfil.mrc") for half in (1, 2)]
     mask = _soft_sphere(MASK * truth.diameter / truth.pixel_size / 2)
     rows, table = particles_of_one_stack(folder / "run_data.star")
