@@ -122,7 +122,10 @@ def adapted(
         f"{(model.probabilities(noise) >= model.threshold).float().mean():.1%} of {kind}"
         for kind, noise in pure_noise(task, loaded.images.get(rows[:MOST_SPECTRA]), rows).items()
     ]
-    log.info("The adapted model would accept %s.", " and ".join(shares))
+    log.info(
+        "The adapted model would accept %s. It has seen no label: look at both subsets before you "
+        "discard anything.", " and ".join(shares),
+    )  # fmt: skip
     return model
 
 
