@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from making import project_with_model, scores_of
+from making import project_with_model, scores_of, write_project
 from sklearn.metrics import roc_auc_score
 
 from relion_cryofilter.files import ADAPTED_MODEL
@@ -115,3 +116,23 @@ def test_adapting_is_of_the_bundled_model_and_needs_a_folder(tmp_path, monkeypat
     place = ["--o", "out/"] if words else ["--out_file", "scores.csv"]
     assert job.main(["score", "--in_parts", STAR, "--adapt", *place, *words]) == 2
     assert "--adapt is of the bundled model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked", ["recall=0.95", "precision=0.9", "balanced"])
+def test_an_adapted_model_is_not_asked_what_labels_would_tell(tmp_path, monkeypatch, capsys, asked):
+    monkeypatch.chdir(tmp_path)
+    write_project(tmp_path)
+    assert score("--adapt", "--threshold", asked) == 2
+    assert f"--threshold {asked} is for models" in capsys.readouterr().err
+
+
+def test_bad_images_teach_nothing_and_are_told_as_without_adapting(project, capsys):
+    stack = next(Path("Extract/job001/Micrographs").glob("*.mrcs"))
+    with mrcfile.open(stack, "r+") as file:
+        file.data[3] = np.nan
+    assert score("--adapt", out="bad/") == 1
+    assert "1 of 200 images can't be used" in capsys.readouterr().err
+    assert score("--adapt", "--skip_bad", out="bad/") == 0
+    row = Path("bad/bad_images.csv").read_text().splitlines()[1].split(",")
+    assert row[1].endswith(f"4@{stack}")
+    assert scores_of("bad/particles.star")[int(row[0])] == 0

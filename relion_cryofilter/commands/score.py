@@ -25,6 +25,7 @@ from relion_cryofilter.files import (
     write_text,
 )
 from relion_cryofilter.images.contrast import check_contrast
+from relion_cryofilter.kinds import OF_LABELS
 from relion_cryofilter.locks import one_run
 from relion_cryofilter.nn import score_cache
 from relion_cryofilter.nn.model import Models, load_model, read_models
@@ -234,6 +235,13 @@ def _places(options: ScoreOptions) -> _Places:
         raise UsageError(
             "--adapt is of the bundled model, and keeps what comes of it in --o FOLDER/: give --o, "
             "and no --weights."
+        )
+    asked = options.threshold
+    if options.adapt and asked is not None and asked.kind in OF_LABELS:
+        raise UsageError(
+            f"--threshold {asked} is for models that were measured on labels; what is adapted has "
+            "seen none. Leave --threshold out (its own loses and lets pass about as much), or ask "
+            "for a share such as keep=0.6."
         )
     if options.o is None and options.out_file is None:
         raise UsageError("Say where the results go: --o FOLDER/, or --out_file scores.csv.")

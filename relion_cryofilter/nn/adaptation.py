@@ -53,13 +53,12 @@ def adapted(
 ) -> Model | None:
     """Return a model adapted to particles (n), or None if too few of them can be used.
 
-    Its threshold is 0.5, where an image is as likely to be taught as good and as bad. `folder`
+    Images that are bad are left out; whether they are an error is for the scoring to say. The
+    threshold is 0.5, where an image is as likely to be taught as good and as bad. `folder`
     holds the checkpoint until then, from which an adaptation that was stopped is resumed.
 
     Raises
     ------
-    ImageError
-        Images are bad, and the options don't say to go on without them.
     Aborted
         `abort_requested` said True.
     """
@@ -74,8 +73,6 @@ def adapted(
         some, start.preprocess, Progress(len(some), "images read to adapt to", abort_requested),
         threads=options.threads, max_memory_bytes=training.max_memory * 1e9,
     )  # fmt: skip
-    if not options.skip_bad:
-        loaded.bad.refuse(options.skipping)
     rows = np.setdiff1d(np.arange(len(some)), loaded.bad.rows)
     if len(rows) < FEWEST:
         log.warning(
