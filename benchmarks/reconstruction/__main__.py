@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "quality"))
 from arms import arms
 from map_table import plot, report
 from picks import picks
-from refine import Map, aligned, refined
+from refine import FINAL, Map, aligned, job_of, refined
 
 
 def main() -> None:
@@ -32,7 +32,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--j", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", help="Only arms whose names this regular expression finds.")
+    parser.add_argument(
+        "--only",
+        help="Only arms whose names this regular expression finds, and those that are done.",
+    )
     out = Path(__file__).resolve().parents[1] / "results/reconstruction.md"
     parser.add_argument("--out", type=Path, default=out)
     options = parser.parse_args()
@@ -43,7 +46,8 @@ def main() -> None:
     maps: dict[str, list[Map]] = {name: [] for name in sorted_in}
     for seed in range(1, options.seeds + 1):
         for name, kept in sorted_in.items():
-            if not options.only or re.search(options.only, name):
+            done = (options.work / job_of(name, seed) / FINAL).exists()
+            if done or not options.only or re.search(options.only, name):
                 maps[name].append(refined(name, kept, truth, options.work, seed, start))
                 print(f"{name}, seed {seed}: {np.count_nonzero(kept):,} picks", flush=True)
     options.out.write_text(report(sorted_in, maps, truth))

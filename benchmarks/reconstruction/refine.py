@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 
 from relion_cryofilter.particles.particles import read_particles
 
+FINAL = "run_class001.mrc"
 START_ANGSTROM = 30
 """The true map, low-passed to this, is the start of all refinements."""
 USUAL = (
@@ -44,6 +45,11 @@ class Map:
     error: float
 
 
+def job_of(name: str, seed: int) -> str:
+    """Return the folder of an arm's refinement, in the project; it is done if it holds `FINAL`."""
+    return f"Refine3D/{re.sub('[^a-z0-9]+', '_', name.lower())}_{seed}"
+
+
 def aligned(truth: Truth, project: Path, threads: int) -> Path:
     """Return the STAR file of all picks with their orientations by the low-passed true map.
 
@@ -68,9 +74,9 @@ def refined(
 
     `start` is the STAR file with the orientations that are refined.
     """
-    job = f"Refine3D/{re.sub('[^a-z0-9]+', '_', name.lower())}_{seed}"
+    job = job_of(name, seed)
     folder = project / job
-    if not (folder / "run_class001.mrc").exists():
+    if not (folder / FINAL).exists():
         folder.mkdir(parents=True, exist_ok=True)
         table = read_particles(start).table
         assert table is not None
