@@ -132,9 +132,10 @@ def main() -> None:
     text = [f"# {(__doc__ or '').splitlines()[0]}", *(__doc__ or "").split("\n\n")[2:]]
     text += ["## AUC without labels", _auc_table(sets, names, scores)]
     text += ["## Accepted at the model's own threshold, at 0.5, and at the balanced one"]
-    text += [_accepted_table(options.real, sets, names, models, scores)]
+    junk = {what: np.asarray(images, np.float32) for what, images in junk_sets(options.real, sets)}
+    text += [_accepted_table(junk, sets, names, models, scores)]
     text += ["## Thresholds without labels", _thresholds_table(sets, names, models, scores)]
-    text += ["## With --adapt", _adapted_table(options.real, sets, options.work)]
+    text += ["## With --adapt", _adapted_table(junk, sets, options.work)]
     options.out.write_text("\n\n".join(part.strip() for part in text) + "\n")
     print(f"wrote {options.out}")
 
@@ -156,7 +157,7 @@ def _auc_table(
 
 
 def _accepted_table(
-    real: Path,
+    junk: dict[str, np.ndarray],
     sets: list[Labelled],
     names: list[str],
     models: list[Model],
@@ -168,9 +169,8 @@ def _accepted_table(
         (f"good of {data.name}", [scores[data.name, name][data.good] for name in names])
         for data in sets
     ]
-    for kind, images in junk_sets(real, sets):
-        junk = np.asarray(images, np.float32)
-        rows.append((kind, [score_images(model, junk, tta=False) for model in models]))
+    for kind, images in junk.items():
+        rows.append((kind, [score_images(model, images, tta=False) for model in models]))
     lines = [
         [what, f"{len(of_each[0]):,}",
          *(", ".join(f"{(values >= cut).mean():.1%}" for cut in cuts)
@@ -204,12 +204,17 @@ def _thresholds_table(
                 except CryoFilterError:
                     cells.append("refused")
                     continue
-                good, bad = ((values[data.good == kind] >= cut).mean() for kind in (True, False))
-                cells.append(f"{(1 + good - bad) / 2:.3f} ({good:.0%}, {bad:.0%})")
+                cells.append(_balanced_cell(values, data.good, cut))
             lines.append([data.name, name, *cells])
     head = ["set", "model", "own threshold: balanced accuracy (good, junk accepted)",
             "balanced", "gmm", "keep= the true share"]  # fmt: skip
     return _table(head, lines)
+
+
+def _balanced_cell(scores: np.ndarray, truth: np.ndarray, threshold: float) -> str:
+    """Return the balanced accuracy, and the shares of good ones and junk that are accepted."""
+    good, bad = ((scores[truth == kind] >= threshold).mean() for kind in (True, False))
+    return f"{(1 + good - bad) / 2:.3f} ({good:.0%}, {bad:.0%})"
 
 
 def adapted_to(data: Labelled, work: Path) -> Model:
@@ -224,9 +229,8 @@ def adapted_to(data: Labelled, work: Path) -> Model:
     return load_model(folder / ADAPTED_MODEL)
 
 
-def _adapted_table(real: Path, sets: list[Labelled], work: Path) -> str:
+def _adapted_table(junk: dict[str, np.ndarray], sets: list[Labelled], work: Path) -> str:
     """Return what adapting gives on each set, and what of noise and real junk would pass then."""
-    junk = {name: np.asarray(images, np.float32) for name, images in junk_sets(real, sets)}
     bundled, lines, found = load_model(BUNDLED_MODEL), [], []
     for data in sets:
         images, model = np.asarray(data.images, np.float32), adapted_to(data, work)
@@ -234,11 +238,8 @@ def _adapted_table(real: Path, sets: list[Labelled], work: Path) -> str:
         for one in (bundled, model):
             values = score_images(one, images, tta=False)
             auc, cell = auc_cell(data, values)
-            good, bad = (
-                (values[data.good == kind] >= one.threshold).mean() for kind in (True, False)
-            )
             aucs.append(auc)
-            cells += [cell, f"{(1 + good - bad) / 2:.3f} ({good:.0%}, {bad:.0%})"]
+            cells += [cell, _balanced_cell(values, data.good, one.threshold)]
         passed = {
             name: (score_images(model, part, tta=False) >= model.threshold).mean()
             for name, part in junk.items()
