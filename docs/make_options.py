@@ -26,8 +26,9 @@ Made by `python docs/make_options.py` from `relion_cryofilter/options.py`; a tes
 
 On the command line an option is `--name value`. In RELION's External tab it is a label (`name`,
 with or without dashes) and a value; a mode is the label `mode`. {jobs}
-run as RELION jobs, the others on the command line only. `relion_cryofilter MODE --help` says the
-same as this page.
+run as RELION jobs, the others on the command line only. `relion_cryofilter job --mode MODE
+[options] [--o job.star]` writes the file that fills in RELION's tab; that is all that `check` does,
+whose job is RELION's own. `relion_cryofilter MODE --help` says the same as this page.
 
 An option that is on or off takes nothing, `Yes`, `No`, `true`, `false`, `1` or `0`. Lists are
 separated by spaces (paths) or commas (numbers). There are no abbreviations: an unknown option is an

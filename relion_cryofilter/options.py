@@ -186,8 +186,8 @@ class TrainOptions(JobOptions, LabelOptions):
         "particle by models that have not seen its micrograph.", "number", low=0.05, high=0.95,
     )  # fmt: skip
     epochs: int | None = option(
-        "Looks at each image. Default: what the labels need, within a budget of steps; 30 from "
-        "scratch. With --split: at most, 12 from a model.", "integer", low=1,
+        "Looks at each image. Default: 20, within a budget of steps; 30 from scratch. With "
+        "--split: at most, 12 from a model.", "integer", low=1,
     )  # fmt: skip
     patience: int = option(
         "With --split: epochs without a better validation AUC.", "integer", 10, low=1
@@ -196,8 +196,8 @@ class TrainOptions(JobOptions, LabelOptions):
         "Images a step. Default: 32 from a model, 64 from scratch.", "integer", low=1
     )
     learning_rate: float | None = option(
-        "At the start; it falls. Default: what the labels need, 0.001 or 0.003; with --split or "
-        "from scratch 0.001.", "number", low=1e-8, high=1.0,
+        "At the start; it falls. Default: 0.003; with --split or from scratch 0.001.", "number",
+        low=1e-8, high=1.0,
     )  # fmt: skip
     augmentation: bool = option("Show images flipped and rotated too.", "flag", True)
     ensemble: int = option(
@@ -327,7 +327,7 @@ class ConvertOptions(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions(Options):
-    """Simulate a small RELION project and score it as an External job would."""
+    """Simulate a small RELION project; score it, train on part of it, and score it again."""
 
     folder: Path = option(
         "Folder for the project.", "path", Path("cryofilter_demo"), positional=True

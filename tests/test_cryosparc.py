@@ -331,7 +331,7 @@ def test_a_stack_that_is_gone_is_named(project, fields):
 def test_without_cryosparc_tools_the_cure_is_named(project, fields, monkeypatch):
     path = write_cs(project / "J2/particles.cs", fields)
     monkeypatch.setitem(__import__("sys").modules, "cryosparc.dataset", None)
-    with pytest.raises(CryoSparcError, match=r"pip install 'relion_cryofilter\[cryosparc\]'"):
+    with pytest.raises(CryoSparcError, match="pip install cryosparc-tools"):
         read_particle_file(path)
 
 

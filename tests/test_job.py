@@ -236,7 +236,7 @@ def test_a_python_without_torch_leaves_failure_and_one_sentence(project, tmp_pat
     assert outcome() == ["FAILURE"]
     assert done.stderr.count("ERROR:") == 1
     assert "has no " in done.stderr
-    assert "pip install relion_cryofilter" in done.stderr
+    assert "pip install ." in done.stderr
     assert "Traceback" not in done.stderr
 
 

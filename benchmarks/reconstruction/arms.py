@@ -115,10 +115,11 @@ def _classes(project: Path, truth: Truth, threads: int) -> np.ndarray:
 def relion(words: list[str], more: str, project: Path) -> None:
     """Run a program of RELION, or go on where it was stopped; its words go to run.out."""
     stem = project / words[words.index("--o") + 1]
-    stopped = sorted(stem.parent.glob(f"{stem.name}_it*_optimiser.star"))
-    if stopped:  # the last one may be unfinished: the one before it is not
+    # RELION cannot go on from iteration 0, and the files of the last one may be unfinished
+    finished = sorted(stem.parent.glob(f"{stem.name}_it*_optimiser.star"))[1:-1]
+    if finished:
         at = words.index("relion_refine" if "relion_refine" in words else "relion_refine_mpi")
-        last = str(stopped[-2 if len(stopped) > 1 else -1].relative_to(project))
+        last = str(finished[-1].relative_to(project))
         words = [*words[: at + 1], "--continue", last, "--o", str(stem.relative_to(project))]
         more = f"--j {more.rpartition('--j ')[2]}"
     with (stem.parent / "run.out").open("a") as out:

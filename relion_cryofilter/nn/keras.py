@@ -119,7 +119,7 @@ def _read_layers(path: Path) -> tuple[list[Layer], Layer, int | None]:
     except ImportError as error:
         raise ModelError(
             "Reading Keras .h5 files needs h5py, which can't be imported. "
-            'Install it with: pip install "relion_cryofilter[keras]"'
+            "Install it with: pip install h5py"
         ) from error
     found: dict[str, dict[str, np.ndarray]] = {}
     names: list[str] = []

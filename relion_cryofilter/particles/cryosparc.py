@@ -50,7 +50,7 @@ def optional(name: str, package: str) -> ModuleType:
     except ImportError as error:
         raise CryoSparcError(
             f"CryoSPARC's files need {package}, which can't be loaded here ({error}). Install it: "
-            "pip install 'relion_cryofilter[cryosparc]'."
+            f"pip install {package}."
         ) from error
 
 

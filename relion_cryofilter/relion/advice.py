@@ -37,8 +37,8 @@ def advice_on(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and top not in sys.modules:
         return (
             f"This Python ({sys.executable}) has no {error.name}. Install relion_cryofilter with "
-            "its requirements (pip install relion_cryofilter), or name the interpreter of the "
-            "environment that has them: /path/to/env/bin/python external_job.py"
+            "its requirements (in the folder of its README: pip install .), or name the "
+            "interpreter of the environment that has them: /path/to/env/bin/python external_job.py"
         )
     if not _is_of_packages(error):
         return ""
