@@ -65,8 +65,8 @@ RANDOM, SAMPLE = "particles_random.star", "particles_rejected_sample.star"
 """As many as are accepted, of `select --random`, and a part of the rejected, of `check`."""
 
 SCORES_CSV, FEATURES, BAD_IMAGES = "scores.csv", "features.npy", "bad_images.csv"
-ADAPTED_MODEL = "adapted_model.safetensors"
-"""Of `score`."""
+ADAPTED_MODEL, ADAPTING = "adapted_model.safetensors", "adapted_all_0.pt"
+"""Of `score`; the latter is there only while a model is adapted."""
 
 MODEL, HISTORY, CHECKPOINT = "model.safetensors", "history.csv", "checkpoint_last.pt"
 CHECKPOINTS, SUSPICIOUS = "checkpoints", "suspicious_labels.star"

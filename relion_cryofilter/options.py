@@ -20,6 +20,8 @@ from relion_cryofilter.processes import local_count
 
 MOST_FILTERS, LARGEST_DIM = 256, 256
 """Of networks: a convolution's filters, and the small image's side (px)."""
+MOST_MODELS = 10
+"""Of an ensemble."""
 
 NETWORKS = {"d4": "d4.D4", "straight": "networks.Straight", "roberts": "networks.Roberts"}
 """The networks by name, and where in `relion_cryofilter.nn` each is defined."""
@@ -202,7 +204,7 @@ class TrainOptions(JobOptions, LabelOptions):
     augmentation: bool = option("Show images flipped and rotated too.", "flag", True)
     ensemble: int = option(
         "Models to train, each with another seed (with --split: another part of the micrographs "
-        "for validation); their scores are averaged.", "integer", 1, low=1, high=10,
+        "for validation); their scores are averaged.", "integer", 1, low=1, high=MOST_MODELS,
     )  # fmt: skip
     model: str | None = option(
         "Train this network from scratch: d4 (the bundled one's), straight or roberts (2020). "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,16 @@ from hypothesis import strategies as st
 from making import project_with_model, scores_of, write_project
 from sklearn.metrics import roc_auc_score
 
+from relion_cryofilter.errors import Aborted
 from relion_cryofilter.files import ADAPTED_MODEL
+from relion_cryofilter.images.bad import BadImages
+from relion_cryofilter.nn import adaptation
 from relion_cryofilter.nn.adaptation import FEWEST, LEAST_SHARE, SUREST_BAD, SUREST_GOOD, surest
+from relion_cryofilter.nn.model import read_models
+from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.particles.particles import read_particles
 from relion_cryofilter.relion import job
+from relion_cryofilter.results import report
 from relion_cryofilter.simulate import simulate_project
 
 STAR = "Extract/job001/particles.star"
@@ -88,6 +95,65 @@ def test_a_continued_job_keeps_its_model_though_the_set_changes(project, capsys)
     assert np.array_equal(scores_of("External/job004/particles.star"), whole[: 3 * PER_MICROGRAPH])
     assert score("--adapt", "--rescore") == 0
     assert model.read_bytes() != known
+
+
+def test_a_set_that_has_grown_to_twice_the_few_that_were_seen_is_adapted_to_anew(project, capsys):
+    whole = Path(STAR).read_text()
+    first_lines(STAR, FEWEST)
+    assert score("--adapt", out="grown/") == 0
+    known = Path("grown", ADAPTED_MODEL).read_bytes()
+    Path(STAR).write_text(whole)
+    first_lines(STAR, 2 * FEWEST - 1)
+    assert score("--adapt", out="grown/") == 0
+    assert Path("grown", ADAPTED_MODEL).read_bytes() == known
+    Path(STAR).write_text(whole)
+    assert score("--adapt", out="grown/") == 0
+    assert f"was adapted to {FEWEST} particles only" in capsys.readouterr().out
+    assert Path("grown", ADAPTED_MODEL).read_bytes() != known
+
+
+def test_images_of_another_pixel_size_are_adapted_to_anew(project):
+    with_size = Path(STAR).read_text()
+    (size,) = read_particles(Path(STAR)).optics
+    assert size.pixel_size_angstrom is not None
+    Path(STAR).write_text(with_size.replace(f"{size.pixel_size_angstrom:.6f}", "1.200000"))
+    assert read_particles(Path(STAR)).optics[0].pixel_size_angstrom == 1.2
+    before = Path("External/job004", ADAPTED_MODEL).read_bytes()
+    assert score("--adapt") == 0
+    assert Path("External/job004", ADAPTED_MODEL).read_bytes() != before
+
+
+def test_a_damaged_model_is_made_anew(project, capsys):
+    model = Path("External/job004", ADAPTED_MODEL)
+    known = model.read_bytes()
+    model.write_bytes(known[:1000])
+    assert score("--adapt") == 0
+    assert "So the bundled model is adapted anew" in capsys.readouterr().out
+    assert model.read_bytes() == known
+
+
+def test_a_stop_leaves_the_model_of_the_run_before(project, monkeypatch):
+    model = Path("External/job004", ADAPTED_MODEL)
+    known = model.read_bytes()
+
+    def stopped(*arguments, **named):
+        raise Aborted("stopped")
+
+    monkeypatch.setattr(adaptation.Fit, "run", stopped)
+    assert score("--adapt", "--rescore") == 3
+    assert model.read_bytes() == known
+
+
+def test_what_adapting_leaves_unknown_is_said(project):
+    particles = read_particles(Path(STAR))
+    models = read_models([Path("External/job004", ADAPTED_MODEL)])
+    chosen = models.choose(scores_of("External/job004/particles.star"), None)
+    (lost,) = report._lost(particles, models, chosen)
+    assert "adapted without labels" in lost
+    scores = Scores(chosen.values, BadImages(particles), 1.0, 0, *[np.empty(0)] * 2, 0.0)
+    notes = list(report._score_notes(models, particles, scores, chosen, None))
+    assert re.search(r"would accept .*\d\.\d% of white noise", notes[0])
+    assert not any("bundled" in note for note in notes)
 
 
 def test_the_adapted_model_scores_elsewhere_and_does_not_outlive_a_run_without_it(project):

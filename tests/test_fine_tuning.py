@@ -94,6 +94,12 @@ def test_an_ensemble_of_all_labels_is_measured_out_of_fold_as_the_mean(capsys):
     assert said["n"] == 96
     thresholds = [model.threshold for model in models]
     assert said["threshold"] == pytest.approx(np.mean(thresholds), abs=1e-6)
+    # Another training in the same folder leaves nothing of this one.
+    (JOB / "suspicious_labels.star").touch()
+    assert job.main(train_words("--epochs 1 --model straight --f 4 --split 0.7").split()) == 0
+    left = {path.name for path in JOB.iterdir()}
+    assert not left & {"model_2.safetensors", "history_2.csv", "history_2.png"}
+    assert "suspicious_labels.star" not in left
 
 
 def test_members_share_the_test_part_and_rotate_validation(tmp_path):

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import making
+import mrcfile
 import numpy as np
 import pytest
 from making import PATIENCE_S, ROOT, started
@@ -132,6 +133,20 @@ def test_a_missing_stack_fails_before_anything_is_written(project, capsys):
     assert len(Path(JOB, "bad_images.csv").read_text().splitlines()) == 13
     assert job.main(score_words("--skip_bad --threshold 0").split()) == 0
     assert len(read_particles(Path(JOB, "particles_rejected.star"))) == 12
+
+
+def test_of_stacks_too_nothing_of_an_earlier_run_is_left(project, capsys):
+    Path("bad.mrcs").write_bytes(Path("Extract/job001/Mics/mic1.mrcs").read_bytes())
+    with mrcfile.open("bad.mrcs", "r+") as file:
+        file.data[3] = np.nan
+    words = f"score --mrc bad.mrcs --o {JOB} --weights model.safetensors"
+    assert job.main(f"{words} --skip_bad --features".split()) == 0
+    assert Path(JOB, "bad_images.csv").exists()
+    Path("bad.mrcs").write_bytes(Path("Extract/job001/Mics/mic1.mrcs").read_bytes())
+    capsys.readouterr()
+    assert job.main(words.split()) == 0
+    assert not any(Path(JOB, name).exists() for name in ("bad_images.csv", "features.npy"))
+    assert "bad_images" not in capsys.readouterr().out
 
 
 def test_nothing_but_bad_images_is_a_failure(project):

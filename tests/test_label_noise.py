@@ -108,6 +108,14 @@ def test_intervals_hold_the_share_and_are_said():
     assert f"about {100 * noise.junk_among_good.value:.0f} % [" in noise.describe()
 
 
+def test_one_micrograph_has_no_interval():
+    scores, labels, _ = drawn(n=3000)
+    noise = measure_label_noise(scores, labels, np.zeros(3000, int), 0)
+    assert noise.corrects
+    assert "[" not in noise.describe()
+    assert noise.to_dict()["junk_among_good"] == [noise.junk_among_good.value, None, None]
+
+
 @pytest.mark.parametrize(
     ("made", "reason"),
     [

@@ -96,3 +96,36 @@ def test_select_does_not_wait_for_torch(scores):
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture
+def with_bad_images(scored):
+    """Say of the last twelve images of S/ that they can't be used, as --skip_bad does."""
+    Path(JOB).rename("S")
+    particles = read_particles(Path("S/particles.star"))
+    names = [particles.image_name(row) for row in range(36, 48)]
+    lines = (f"{row},{name},missing" for row, name in enumerate(names, 36))
+    Path("S/bad_images.csv").write_text("row,image,reason\n" + "\n".join(lines) + "\n")
+    return set(names)
+
+
+def names_in(star):
+    particles = read_particles(Path(star))
+    return {particles.image_name(row) for row in range(len(particles))}
+
+
+def test_images_that_cannot_be_used_are_neither_accepted_nor_drawn(with_bad_images, capsys):
+    words = "select --in_parts S/particles.star --threshold keep=1 --random --o T/"
+    assert job.main(words.split()) == 0
+    assert "lists 12 images of these" in capsys.readouterr().out
+    for name in ("accepted", "random"):
+        assert len(names_in(f"T/particles_{name}.star")) == 36
+        assert not names_in(f"T/particles_{name}.star") & with_bad_images
+    assert names_in("T/particles_rejected.star") == with_bad_images
+
+
+def test_images_that_cannot_be_used_are_not_classified(with_bad_images):
+    assert job.main(["job", "--mode", "check", "--in_parts", "S/"]) == 0
+    left = names_in("S/particles_rejected.star") - with_bad_images
+    assert names_in("S/particles_rejected_sample.star") == left
+    assert "S/particles_rejected_sample.star" in Path("job.star").read_text()

@@ -219,7 +219,8 @@ def _balanced_cell(scores: np.ndarray, truth: np.ndarray, threshold: float) -> s
 
 def adapted_to(data: Labelled, work: Path) -> Model:
     """Return what ``score --adapt`` makes of the bundled model, kept in `work`."""
-    folder = work / "adapted" / re.sub("[^a-z0-9]+", "_", data.name.lower())
+    name = re.sub("[^a-z0-9]+", "_", data.name.lower())
+    folder = work / "adapted" / f"{name}_{load_model(BUNDLED_MODEL).hash}"
     if not (folder / ADAPTED_MODEL).exists():
         folder.mkdir(parents=True, exist_ok=True)
         stack = folder / "images.mrcs"

@@ -10,6 +10,7 @@ benchmarks/results/reconstruction.md and .png from all that is there.
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -19,10 +20,15 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "quality"))
 
+import arms as arms_module
+import picks as picks_module
+import refine as refine_module
 from arms import arms
 from map_table import plot, report
 from picks import picks
 from refine import FINAL, Map, aligned, job_of, refined
+
+from relion_cryofilter.nn.model import BUNDLED_MODEL, START_MODEL, load_model
 
 
 def main() -> None:
@@ -40,6 +46,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=out)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
+    _require_same_settings(options.work / "settings.json")
     truth = picks(options.maps, options.work)
     sorted_in = arms(options.work, truth, options.j)
     start = aligned(truth, options.work, options.j)
@@ -53,6 +60,33 @@ def main() -> None:
     options.out.write_text(report(sorted_in, maps, truth))
     plot(maps, truth, options.out.with_suffix(".png"))
     print(f"wrote {options.out}")
+
+
+def _require_same_settings(path: Path) -> None:
+    """Keep what the results of a folder depend on; end where they are of something else."""
+    names = [
+        "MOLECULE",
+        "SIZE",
+        "SNR",
+        "JUNK",
+        "MICROGRAPHS",
+        "PICKS",
+        "SEED",
+        "VIEWS",
+        "PREFERRED",
+        "SMALL",
+        "CLASSES",
+        "ITERATIONS",
+        "CLASSIFY",
+        "ALIGN",
+        "REFINE",
+    ]
+    of = {**vars(picks_module), **vars(arms_module), **vars(refine_module)}
+    settings = {name: of[name] for name in names}
+    settings["models"] = [load_model(model).hash for model in (BUNDLED_MODEL, START_MODEL)]
+    if path.exists() and json.loads(path.read_text()) != settings:
+        sys.exit(f"{path.parent} holds results of other settings ({path.name}): name a new --work.")
+    path.write_text(json.dumps(settings, indent=1))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy as np
 from relion_cryofilter.errors import UsageError
 from relion_cryofilter.files import (
     ADAPTED_MODEL,
+    ADAPTING,
     BAD_IMAGES,
     FEATURES,
     LOGFILE,
@@ -24,11 +25,12 @@ from relion_cryofilter.files import (
     require_ours,
     write_text,
 )
+from relion_cryofilter.images.bad import check_stacks
 from relion_cryofilter.images.contrast import check_contrast
 from relion_cryofilter.kinds import OF_LABELS
 from relion_cryofilter.locks import one_run
 from relion_cryofilter.nn import score_cache
-from relion_cryofilter.nn.model import Models, load_model, read_models
+from relion_cryofilter.nn.model import Models, read_models
 from relion_cryofilter.nn.score_cache import ScoreCache
 from relion_cryofilter.nn.scoring import How, Scores, score_particles
 from relion_cryofilter.options import ScoreOptions
@@ -100,7 +102,17 @@ def filter_particles(
     # Compute: the scores, and who is accepted.
     places.csv.parent.mkdir(parents=True, exist_ok=True)
     if options.adapt:
+        if not how.skip_bad:
+            check_stacks(particles)[1].refuse(how.skipping)
         models = _adapted(models, particles, options, ranks, abort_requested)
+    if not options.weights and not models.adapted:
+        log.warning(
+            "The bundled model knows simulated particles and few real ones. Its own threshold lets "
+            "hardly any noise or ice pass and loses weak particles with them; --threshold balanced "
+            "loses fewer, keep=0.6 asks for a share, and --adapt sorts better. Look at both "
+            "subsets before you discard anything, and train a model on your own choices (mode "
+            "train)."
+        )
     scores = score_particles(
         particles,
         models,
@@ -146,20 +158,17 @@ def _adapted(
     abort_requested: Callable[[], bool],
 ) -> Models:
     """Return the model in ``--o`` that was adapted to these particles, made if it is not there."""
-    from relion_cryofilter.nn.adaptation import adapted, is_adapted  # slow to import
+    from relion_cryofilter.nn.adaptation import adapt  # slow to import
 
     path = Path(options.o or "") / ADAPTED_MODEL
     if ranks.first:
-        known = path.exists() and not options.rescore
-        if known and is_adapted(load_model(path), particles, models):
-            log.info("%s was adapted by an earlier run (--rescore adapts anew).", path)
-        else:
-            remove(path)
-            model = adapted(particles, models, options, path.parent, abort_requested)
-            if model:
-                model.save(path)
+        adapt(particles, models, options, path, abort_requested)
     ranks.wait()
-    return read_models([path], **options.beliefs) if path.exists() else models
+    if not path.exists():
+        return models
+    models = read_models([path], **options.beliefs)
+    log.info("Model %s.", models.describe())
+    return models
 
 
 def _write(
@@ -174,14 +183,6 @@ def _write(
         outputs, holds = write_subsets(
             places.star, table, chosen.accepted, chosen.values, options.score_label
         )
-        of_this_run = {
-            FEATURES: options.features, BAD_IMAGES: len(bad), ADAPTED_MODEL: options.adapt,
-        }  # fmt: skip
-        for name, made in of_this_run.items():
-            if not made:
-                remove(places.star / name)
-                if (places.star / name).is_dir():
-                    log.warning("%s is a folder and stays as it is.", places.star / name)
     # Lines ``0, 0.0320`` in input order, as the 2020 program wrote them.
     lines = (f"{row}, {value:.4f}\n" for row, value in enumerate(scores.values.tolist()))
     write_text(places.csv, "".join(lines))
@@ -191,7 +192,19 @@ def _write(
             "%s\nThey are scored 0, rejected, and listed in %s.",
             bad.summary(), places.extras / BAD_IMAGES,
         )  # fmt: skip
-    return outputs, holds
+    further = {
+        FEATURES: counted(len(scores.values), "feature vector") if options.features else "",
+        BAD_IMAGES: counted(len(bad), "image") if len(bad) else "",
+        ADAPTED_MODEL: "the bundled model, adapted to these particles" if options.adapt else "",
+        ADAPTING: "",
+    }
+    for name, held in further.items():
+        if not held:
+            remove(places.extras / name)
+            if (places.extras / name).is_dir():
+                log.warning("%s is a folder and stays as it is.", places.extras / name)
+    holds[places.csv.name] = counted(len(scores.values), "score")
+    return outputs, holds | {name: held for name, held in further.items() if held}
 
 
 def _conclude(places: _Places, holds: dict[str, str], scores: Scores, chosen: Chosen) -> None:
@@ -200,11 +213,7 @@ def _conclude(places: _Places, holds: dict[str, str], scores: Scores, chosen: Ch
     new = n - scores.n_known - bad
     files = {
         **holds,
-        places.csv.name: counted(n, "score"),
-        FEATURES: counted(n, "feature vector"),
         f"{score_cache.NAME}{score_cache.SUFFIX}": "scores for Continue; may be deleted",
-        BAD_IMAGES: counted(len(scores.bad), "image"),
-        ADAPTED_MODEL: "the bundled model, adapted to these particles",
         LOGFILE: "for RELION's Display menu",
         REPORT: "the same for a browser, with a threshold slider",
     }
@@ -328,14 +337,6 @@ def _announce(particles: ParticleSet, models: Models, options: ScoreOptions, ran
         f"at threshold {options.threshold}" if options.threshold else "at the model's threshold",
         f"{options.o}/" if options.o else options.out_file,
     )  # fmt: skip
-    if not options.weights and not options.adapt:
-        log.warning(
-            "The bundled model knows simulated particles and few real ones. Its own threshold lets "
-            "hardly any noise or ice pass and loses weak particles with them; --threshold balanced "
-            "loses fewer, keep=0.6 asks for a share, and --adapt sorts better. Look at both "
-            "subsets before you discard anything, and train a model on your own choices (mode "
-            "train)."
-        )
     label = options.score_label
     if particles.table is not None and label in particles.table.labels:
         log.info("The input has a column %s already; it is overwritten in the results.", label)

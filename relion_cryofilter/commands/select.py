@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from relion_cryofilter.errors import UsageError
-from relion_cryofilter.files import ACCEPTED, RANDOM, REJECTED
+from relion_cryofilter.files import ACCEPTED, BAD_IMAGES, RANDOM, REJECTED
+from relion_cryofilter.images.bad import usable_in
 from relion_cryofilter.kinds import OF_LABELS, ThresholdRequest
 from relion_cryofilter.locks import one_run
 from relion_cryofilter.options import SelectOptions
@@ -63,6 +65,10 @@ def select(
     else:
         chosen = _as_accepted(options.in_parts, scores)
         how = f"Accepted {chosen.reason}"
+    usable = np.ones(len(scores), bool)
+    if (options.in_parts.parent / BAD_IMAGES).is_file():
+        usable = usable_in(read_particle_file(options.in_parts), options.in_parts.parent)
+    chosen = replace(chosen, accepted=chosen.accepted & usable)
     accepted = chosen.accepted
     if options.add:
         accepted = accepted | _added(options.in_parts, options.add, accepted)
@@ -72,7 +78,8 @@ def select(
     if options.random:
         drawn = np.zeros(len(scores), bool)
         rng = np.random.default_rng(options.seed)
-        drawn[rng.choice(len(scores), int(accepted.sum()), replace=False)] = True
+        among = np.flatnonzero(usable | accepted)
+        drawn[rng.choice(among, int(accepted.sum()), replace=False)] = True
 
     # Write.
     if options.threshold is not None:

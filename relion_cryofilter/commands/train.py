@@ -15,12 +15,13 @@ from relion_cryofilter.files import (
     REPORT,
     SUSPICIOUS,
     numbered,
+    remove,
 )
 from relion_cryofilter.locks import one_run
 from relion_cryofilter.nn.model import START_MODEL
 from relion_cryofilter.nn.selftests import log_self_tests
 from relion_cryofilter.nn.training import Trained, train_models
-from relion_cryofilter.options import TrainOptions
+from relion_cryofilter.options import MOST_MODELS, TrainOptions
 from relion_cryofilter.particles.labels import read_labels
 from relion_cryofilter.results.outputs import (
     Output,
@@ -84,6 +85,17 @@ def write_trained(folder: Path, trained: Trained, options: TrainOptions) -> tupl
             log.info("Replacing %s by the new model.", path)
         model.save(path)
         log.info("Wrote %s (hash %s).", path, model.hash)
+
+    # What an earlier run with other options left; what is a link, or not ours, stays.
+    for number in range(len(paths) + 1, MOST_MODELS + 1):
+        for name in (MODEL, HISTORY, str(Path(HISTORY).with_suffix(".png"))):
+            old = folder / numbered(name, number)
+            if old.is_file() and not (options.init and old.samefile(options.init)):
+                log.info("Removing %s of an earlier run.", old)
+                remove(old)
+    if trained.suspects is None:
+        for suffix in (".star", ".cs", ".csg"):
+            remove((folder / SUSPICIOUS).with_suffix(suffix))
 
     # The figures.
     measured, suspicious = trained.measured, dict[str, str]()

@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from relion_cryofilter.errors import ImageError
-from relion_cryofilter.files import write_text
+from relion_cryofilter.files import BAD_IMAGES, write_text
 from relion_cryofilter.particles.particles import ParticleSet
 from relion_cryofilter.particles.stacks import StackHeader, read_header
 from relion_cryofilter.progress import counted
@@ -107,6 +108,23 @@ class BadImages:
             reason, detail = self._reasons[row]
             writer.writerow([row, self._particles.image_name(row), detail or reason])
         write_text(path, text.getvalue())
+
+
+def usable_in(particles: ParticleSet, folder: Path) -> NDArray[np.bool_]:
+    """Return which of n particles (n,) have images that no bad_images.csv of `folder` lists."""
+    usable = np.ones(len(particles), bool)
+    path = folder / BAD_IMAGES
+    if not path.is_file():
+        return usable
+    with path.open(encoding="utf-8", newline="") as file:
+        listed = {line.get("image") or "" for line in csv.DictReader(file)}
+    stacks = {image.partition("@")[2] for image in listed}
+    among = [number for number, name in enumerate(particles.stack_names) if name in stacks]
+    rows = np.flatnonzero(np.isin(particles.stack_of, among))
+    usable[[row for row in rows.tolist() if particles.image_name(row) in listed]] = False
+    unusable = counted(int((~usable).sum()), "image")
+    log.info("%s lists %s of these; they are left out.", path, unusable)
+    return usable
 
 
 def say_unsigned(headers: Iterable[StackHeader | None]) -> None:

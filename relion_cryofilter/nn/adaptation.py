@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from relion_cryofilter.errors import ModelError
+from relion_cryofilter.files import ADAPTING, remove
 from relion_cryofilter.images.small_images import load_small_images
+from relion_cryofilter.inputs import watching
 from relion_cryofilter.kinds import ThresholdRequest, gpu_numbers
 from relion_cryofilter.nn.fitting import MOST_SPECTRA, NOISE_POOL, Fit, FitData
-from relion_cryofilter.nn.model import Model, Models
+from relion_cryofilter.nn.model import ADAPTED, NOISE_ACCEPTED, Model, Models, load_model
 from relion_cryofilter.nn.networks import choose_devices
 from relion_cryofilter.nn.recipes import USUAL
-from relion_cryofilter.nn.selftests import pure_noise
+from relion_cryofilter.nn.selftests import NOISE_SHARE, pure_noise
 from relion_cryofilter.nn.task import NOISE_SEED, Task, start_of
 from relion_cryofilter.nn.trainer import predict, refuse_diverged
 from relion_cryofilter.options import ScoreOptions, TrainOptions
@@ -36,36 +39,85 @@ SUREST_GOOD, SUREST_BAD = 0.3, 0.6
 good, and a half of them would teach it."""
 LEAST_SHARE = 0.1
 """Of each kind, whatever the scores say."""
-ADAPTED = "adapted_to"
-"""Key of the provenance: the particles, and the model that taught."""
 ABOUT = ("source", "fine_tuned_from", "pixel_sizes_angstrom", "boxes_px", "versions")
 """What else the provenance holds; labels of people were not seen."""
+NUMBER = "number"
+"""Key of how many particles there were."""
 
 log = logging.getLogger("relion_cryofilter")
 
 
-def adapted(
+def adapt(
     particles: ParticleSet,
     bundled: Models,
     options: ScoreOptions,
-    folder: Path,
+    path: Path,
     abort_requested: Callable[[], bool] = lambda: False,
-) -> Model | None:
-    """Return a model adapted to particles (n), or None if too few of them can be used.
+) -> None:
+    """Leave a model at `path` that is adapted to particles (n), or none if too few can be used.
 
-    Images that are bad are left out; whether they are an error is for the scoring to say. The
-    threshold is 0.5, where an image is as likely to be taught as good and as bad. `folder`
-    holds the checkpoint until then, from which an adaptation that was stopped is resumed.
+    One that is there stays if it was adapted to these particles, of which there may be more by
+    now; while it has seen few, not twice as many. Images that are bad are left out; whether they
+    are an error is for the scoring to say. Beside `path` is the checkpoint from which an
+    adaptation that was stopped is resumed.
 
     Raises
     ------
     Aborted
-        `abort_requested` said True.
+        `abort_requested` said True; what was at `path` is still there.
     """
-    # A sample, and what the bundled model says of it.
+    if not options.rescore and _fits(path, particles, bundled):
+        log.info("%s was adapted by an earlier run (--rescore adapts anew).", path)
+        return
+    checkpoint = path.with_name(ADAPTING)
+    task = _sample(particles, options, path.parent, abort_requested)
+    if task is None:
+        log.warning(
+            "--adapt needs %d particles or more that can be used, and found fewer; the bundled "
+            "model scores as it is.", FEWEST,
+        )  # fmt: skip
+        remove(path)
+    else:
+        model = _taught(task, bundled, checkpoint, abort_requested)
+        to = {**_key(particles, bundled), NUMBER: len(particles)}
+        replace(model, provenance={**model.provenance, ADAPTED: to}).save(path)
+    remove(checkpoint)
+
+
+def _fits(path: Path, particles: ParticleSet, bundled: Models) -> bool:
+    """Return whether the model at `path` was adapted to these particles."""
+    if not path.exists():
+        return False
+    try:
+        with watching():  # it may be replaced, unlike the inputs of this run
+            known = dict(load_model(path).provenance.get(ADAPTED, {}))
+    except ModelError as error:
+        log.warning("%s\nSo the bundled model is adapted anew.", error)
+        return False
+    before = known.pop(NUMBER, 0)
+    if known != _key(particles, bundled):
+        return False
+    if before < SAMPLE and len(particles) >= 2 * before:
+        log.info("Adapting anew: %s was adapted to %s only.", path, counted(before, "particle"))
+        return False
+    return True
+
+
+def _key(particles: ParticleSet, bundled: Models) -> Mapping[str, object]:
+    used = (particles.optics[number] for number in np.unique(particles.optics_of).tolist())
+    sizes = sorted({round(group.pixel_size_angstrom or 0, 4) for group in used})
+    return {"particles": particles.source, "by": bundled.hashes, "pixel_sizes_angstrom": sizes}
+
+
+def _sample(
+    particles: ParticleSet,
+    options: ScoreOptions,
+    folder: Path,
+    abort_requested: Callable[[], bool],
+) -> Task | None:
+    """Return the start and the small images of a sample that has no labels yet, None if few."""
     rng = np.random.default_rng(0)
-    sample = np.sort(rng.permutation(len(particles))[:SAMPLE])
-    some = particles.take(sample)
+    some = particles.take(np.sort(rng.permutation(len(particles))[:SAMPLE]))
     training = TrainOptions(j=options.threads, gpu=options.gpu)
     labelled = LabelledSet(some, np.zeros(len(some), bool))
     start = start_of(training, labelled)
@@ -73,57 +125,77 @@ def adapted(
         some, start.preprocess, Progress(len(some), "images read to adapt to", abort_requested),
         threads=options.threads, max_memory_bytes=training.max_memory * 1e9,
     )  # fmt: skip
-    rows = np.setdiff1d(np.arange(len(some)), loaded.bad.rows)
-    if len(rows) < FEWEST:
-        log.warning(
-            "--adapt needs %d particles or more, and found %d that can be used; the bundled model "
-            "scores as it is.", FEWEST, len(rows),
-        )  # fmt: skip
+    if len(some) - len(loaded.bad) < FEWEST:
         return None
-    (teacher,) = bundled
-    scores = teacher.probabilities(loaded.images.get(rows)).numpy()
-    sure, good = surest(scores, teacher.curve.threshold(ThresholdRequest.parse("balanced")))
+    return Task(training, labelled, loaded, start, folder)
 
-    # A training on those that it is sure of.
-    labels = np.zeros(len(some), bool)
-    labels[rows[sure]] = good
-    task = Task(training, LabelledSet(some, labels), loaded, start, folder)
-    rows = rows[sure]
-    white = task.white_noise(rows, NOISE_POOL, NOISE_SEED)
-    fit = Fit(
-        start.network,
-        FitData(loaded.images, labels, white, choose_devices(gpu_numbers(options.gpu))[0]),
-        rows,
-        USUAL,
-        training.seed,
-        folder / "adapted_all_0.pt",
-        {**task.identity([rows]), "recipe": asdict(USUAL), "taught_by": teacher.hash},
-    )
+
+def _taught(
+    task: Task, bundled: Models, checkpoint: Path, abort_requested: Callable[[], bool]
+) -> Model:
+    """Return the start of `task`, trained on what the bundled model is surest of in its images.
+
+    The threshold is 0.5, where an image is as likely to be taught as good and as bad.
+    """
+    # What the bundled model is sure of.
+    (teacher,) = bundled
+    images = task.loaded.images
+    rows = np.setdiff1d(np.arange(len(task.labelled)), task.loaded.bad.rows)
+    scores = teacher.probabilities(images.get(rows)).numpy()
+    sure, good = surest(scores, teacher.curve.threshold(ThresholdRequest.parse("balanced")))
     log.info(
         "Adapting to %s: the surest %s (%d %% taken as good) teach the bundled start.",
-        counted(len(some), "particle"), f"{len(rows):,}", round(100 * good.mean()),
+        counted(len(task.labelled), "particle"), f"{len(sure):,}", round(100 * good.mean()),
     )  # fmt: skip
+    labels = np.zeros(len(task.labelled), bool)
+    labels[rows[sure]] = good
+    task = replace(task, labelled=LabelledSet(task.labelled.particles, labels))
+    rows = rows[sure]
+
+    # A training on those.
+    white = task.white_noise(rows, NOISE_POOL, NOISE_SEED)
+    fit = Fit(
+        task.start.network,
+        FitData(images, labels, white, choose_devices(gpu_numbers(task.options.gpu))[0]),
+        rows,
+        USUAL,
+        task.options.seed,
+        checkpoint,
+        {
+            **task.identity([rows]),
+            "recipe": asdict(USUAL),
+            "taught_by": teacher.hash,
+        },
+    )
     progress = Progress(fit.steps * USUAL.batch_size, "image steps", abort_requested)
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # sums don't depend on how many there are
     try:
-        network, _ = fit.run(progress.step)
+        network, _ = fit.run(progress.step, resumed=progress.skip)
     finally:
         torch.set_num_threads(before)
-    fit.checkpoint.unlink()
-    refuse_diverged(predict(network, loaded.images, rows), USUAL.learning_rate)
+    refuse_diverged(predict(network, images, rows), USUAL.learning_rate)
+
+    # What it makes of noise.
     about = task.provenance(rows)
-    provenance = {key: about[key] for key in ABOUT} | {ADAPTED: _key(particles, bundled)}
-    model = Model(network, start.preprocess, 0.5, provenance=provenance)
-    shares = [
-        f"{(model.probabilities(noise) >= model.threshold).float().mean():.1%} of {kind}"
-        for kind, noise in pure_noise(task, loaded.images.get(rows[:MOST_SPECTRA]), rows).items()
-    ]
-    log.info(
+    model = Model(
+        network, task.start.preprocess, 0.5, provenance={key: about[key] for key in ABOUT}
+    )
+    shares = {
+        kind: float((model.probabilities(noise) >= model.threshold).float().mean())
+        for kind, noise in pure_noise(task, images.get(rows[:MOST_SPECTRA]), rows).items()
+    }
+    log.log(
+        logging.WARNING if max(shares.values()) > NOISE_SHARE else logging.INFO,
         "The adapted model would accept %s. It has seen no label: look at both subsets before you "
-        "discard anything.", " and ".join(shares),
+        "discard anything.", said_of_noise(shares),
     )  # fmt: skip
-    return model
+    return replace(model, provenance={**model.provenance, NOISE_ACCEPTED: shares})
+
+
+def said_of_noise(shares: Mapping[str, float]) -> str:
+    """Return the share of each kind of noise that is accepted, in words."""
+    return " and ".join(f"{share:.1%} of {kind}" for kind, share in shares.items())
 
 
 def surest(scores: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
@@ -139,12 +211,3 @@ def surest(scores: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray
     good[order[-n_good:]] = True
     sure = np.sort(np.concatenate([order[:n_bad], order[-n_good:]]))
     return sure, good[sure]
-
-
-def is_adapted(model: Model, particles: ParticleSet, bundled: Models) -> bool:
-    """Return whether a model was adapted to these particles, of which there may be more by now."""
-    return model.provenance.get(ADAPTED) == _key(particles, bundled)
-
-
-def _key(particles: ParticleSet, bundled: Models) -> Mapping[str, str]:
-    return {"particles": particles.source, "by": bundled.hashes}

@@ -7,7 +7,7 @@ import copy
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -162,8 +162,8 @@ class _Work:
                 of_all = submitted(self._fit, EVERYTHING)
                 of_folds = [submitted(self._held_out, fold) for fold in folds]
                 try:
-                    network, history = of_all.result()
-                    held_out = [future.result() for future in of_folds]
+                    for future in as_completed([of_all, *of_folds]):
+                        future.result()  # raises the first fault as soon as there is one
                 except BaseException:
                     self.stopped.set()
                     pool.shutdown(cancel_futures=True)
@@ -171,9 +171,9 @@ class _Work:
         finally:
             torch.set_num_threads(threads)
         logits = np.full(len(self.folds.rows), np.nan)
-        for held, found in zip(self.folds.held, held_out):
-            logits[np.searchsorted(self.folds.rows, held)] = found
-        return network, history, logits
+        for held, future in zip(self.folds.held, of_folds):
+            logits[np.searchsorted(self.folds.rows, held)] = future.result()
+        return *of_all.result(), logits
 
     def _fit(self, fold: int) -> tuple[Network, Sequence[Epoch]]:
         """Train on all folds but one, or on `EVERYTHING`."""
@@ -194,7 +194,8 @@ class _Work:
                 "trained": short_hash(str(rows.tolist())),
             },
         )
-        return fit.run(self._step, self.after_round if everything else _nothing)
+        after = self.after_round if everything else _nothing
+        return fit.run(self._step, after, self.progress.skip)
 
     def _held_out(self, fold: int) -> Floats:
         """Train on all folds but one, and return the logits of that one."""

@@ -83,17 +83,19 @@ class Fit:
         self,
         step: Callable[[int], None],
         after_round: Callable[[list[Epoch]], None] = lambda history: None,
+        resumed: Callable[[int], None] = lambda count: None,
     ) -> tuple[Network, list[Epoch]]:
         """Train to the last step; return the network and a line a round.
 
         The two kinds of particles weigh the same, whatever their numbers. `step` is told of every
-        step's images, and may raise Aborted; the checkpoint has the rounds that were finished.
+        step's images, and may raise Aborted, `resumed` of those of an earlier run; the checkpoint
+        has the rounds that were finished.
         """
         network = copy.deepcopy(self.start)
         network = network.to(self.data.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimiser = torch.optim.AdamW(network.parameters(), self.recipe.learning_rate)
         history = self._resume(network, optimiser)
-        step(len(history) * self.round_steps * self.recipe.batch_size)
+        resumed(len(history) * self.round_steps * self.recipe.batch_size)
         rounds = math.ceil(self.steps / self.round_steps)
         pools = self._noise() if len(history) < rounds else []
         if history:

@@ -16,6 +16,7 @@ scores then agree with them, and no wrong ones are found.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite, nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,7 +69,8 @@ class LabelNoise:
     Attributes
     ----------
     junk_among_good, good_among_bad
-        Shares with 95 % intervals over micrographs; zeros where labels are taken as true.
+        Shares with 95 % intervals over micrographs, nan of a single one; zeros where labels are
+        taken as true.
     reason
         Why they are taken as true though they may not be; "" where the shares are estimates.
     """
@@ -95,7 +97,8 @@ class LabelNoise:
                 "true."
             )
         good, bad = (
-            f"{100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+            f"{100 * share.value:.0f} %"
+            + (f" [{100 * share.low:.0f}, {100 * share.high:.0f}]" if isfinite(share.low) else "")
             for share in (self.junk_among_good, self.good_among_bad)
         )
         return (
@@ -105,11 +108,11 @@ class LabelNoise:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the shares and the reason, for JSON."""
-        return {
-            "junk_among_good": list(self.junk_among_good),
-            "good_among_bad": list(self.good_among_bad),
-            "reason": self.reason,
-        }
+        ends = (
+            [value if isfinite(value) else None for value in share]
+            for share in (self.junk_among_good, self.good_among_bad)
+        )
+        return dict(zip(("junk_among_good", "good_among_bad"), ends)) | {"reason": self.reason}
 
     @classmethod
     def unknown(cls, reason: str) -> LabelNoise:
@@ -138,6 +141,9 @@ def measure_label_noise(
     shares = estimate(scores, labels)
     groups = np.unique(clusters, return_inverse=True)[1].reshape(-1)
     rng, n_groups, drawn = np.random.default_rng(seed), int(groups.max()) + 1, []
+    if n_groups == 1:
+        first, second = (Interval(share, nan, nan) for share in shares)
+        return LabelNoise(first, second)
     for _ in range(RESAMPLES):
         times = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)
         drawn.append(estimate(scores, labels, times[groups].astype(np.float64)))

@@ -60,8 +60,9 @@ PIXEL_SIZE_TOLERANCE = 0.1
 LARGEST_WEIGHT = 1e6
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16}
 ESTIMATE, SIMULATED, LABEL_NOISE = "threshold_estimate", "made_by", "label_noise"
-"""Keys of the provenance: what the threshold gave on particles unseen, the simulator, and how many
-labels look wrong."""
+ADAPTED, NOISE_ACCEPTED = "adapted_to", "noise_accepted"
+"""Keys of the provenance: what the threshold gave on particles unseen, the simulator, how many
+labels look wrong; of a model that was adapted without labels to what, and the shares of noise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -397,6 +398,11 @@ class Models:
     def hashes(self) -> str:
         """The members' hashes, separated by spaces."""
         return " ".join(model.hash for model in self)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether they were adapted to a set without labels, see `nn.adaptation`."""
+        return any(ADAPTED in model.provenance for model in self)
 
     def describe(self) -> str:
         """Return names, networks and hashes, for the log."""

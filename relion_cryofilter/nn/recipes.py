@@ -139,7 +139,8 @@ def clearly_better(
 ) -> bool:
     """Return whether scores (n,) sort the labels better than others do, within folds.
 
-    By more than half a standard error of the difference, from a bootstrap of whole micrographs.
+    By more than half a standard error of the difference, from a bootstrap of whole micrographs,
+    or of particles where there is one micrograph.
     """
 
     def difference(weights: Floats | None = None) -> float:
@@ -147,6 +148,8 @@ def clearly_better(
         return aucs[0] - aucs[1]
 
     groups = np.unique(clusters, return_inverse=True)[1].reshape(-1)
+    if not groups.any():
+        groups = np.arange(len(groups))
     rng, n_groups = np.random.default_rng(seed), int(groups.max()) + 1
     drawn = [
         np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)[groups]

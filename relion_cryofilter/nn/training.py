@@ -230,6 +230,8 @@ def _cross_fitted(
         fits.append(fit)
         each.append(scores)
     models = Models(tuple(members), tuple(f"hash {model.hash}" for model in members))
+    if len(fits) > 1 and any(fit.recipe for fit in fits):
+        noise = measure_label_noise(np.mean(each, axis=0), labels, clusters, options.seed)
     log.info("%s", noise.describe())
 
     # All labelled particles, out of fold.

@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from relion_cryofilter.errors import UsageError
-from relion_cryofilter.files import PIPELINE_FILE, REJECTED, SAMPLE, claim, find_project
+from relion_cryofilter.files import (
+    BAD_IMAGES,
+    PIPELINE_FILE,
+    REJECTED,
+    SAMPLE,
+    claim,
+    find_project,
+)
+from relion_cryofilter.images.bad import usable_in
 from relion_cryofilter.options import CheckOptions
 from relion_cryofilter.particles.particles import ParticleSet, read_particles
 from relion_cryofilter.particles.stacks import read_header
@@ -55,19 +63,22 @@ def write_check(options: CheckOptions, named: str = "") -> None:
             f"that rejected some, e.g. External/job012/, or its {REJECTED}."
         )
     particles = read_particles(source)
-    n = len(particles)
+    usable = np.flatnonzero(usable_in(particles, source.parent))
+    n = min(len(usable), options.sample or len(usable))
+    if not n:
+        raise UsageError(f"No image of {source} can be used; {BAD_IMAGES} beside it says why.")
 
-    # Draw a sample.
-    if options.sample is not None and options.sample < n:
-        drawn = np.zeros(n, bool)
+    # Draw a sample, or leave out what RELION can't read.
+    if n < len(particles):
+        drawn = np.zeros(len(particles), bool)
         rng = np.random.default_rng(options.seed)
-        drawn[rng.choice(n, options.sample, replace=False)] = True
+        drawn[rng.choice(usable, n, replace=False)] = True
         claim(source.parent)
         path = source.with_name(SAMPLE)
         assert particles.table is not None
         particles.table.write({path: drawn})
-        log.info("Drew %s of %s: %s", f"{options.sample:,}", counted(n, "particle"), path)
-        source, n = path, options.sample
+        log.info("Drew %s of %s: %s", f"{n:,}", counted(len(particles), "particle"), path)
+        source = path
 
     # The settings: those of the project's last Class2D job, or few that RELION completes.
     project = find_project(Path()) or Path()

@@ -20,9 +20,10 @@ from relion_cryofilter.evaluation import curves
 from relion_cryofilter.files import ALL, SCORE_LABEL
 from relion_cryofilter.images.thumbnails import LOW_PASS_ANGSTROM, read_thumbnails
 from relion_cryofilter.kinds import gpu_numbers
+from relion_cryofilter.nn.adaptation import said_of_noise
 from relion_cryofilter.nn.home import FAR
 from relion_cryofilter.nn.measurement import Measured
-from relion_cryofilter.nn.model import SIMULATED, Models
+from relion_cryofilter.nn.model import NOISE_ACCEPTED, SIMULATED, Models
 from relion_cryofilter.nn.scoring import Scores
 from relion_cryofilter.nn.training import Trained
 from relion_cryofilter.options import JobOptions, MetricsOptions, ScoreOptions, TrainOptions
@@ -99,7 +100,7 @@ def score_report(
         further=charts.feature_charts(pick_maps, features),
         pictures=pictures,
         galleries=galleries,
-        notes=[*_score_notes(options, particles, scores, chosen, views), *unknown],
+        notes=[*_score_notes(models, particles, scores, chosen, views), *unknown],
         sections=[
             ("Good particles lost", list(_lost(particles, models, chosen))),
             *([("Classes", classes.table())] if classes else []),
@@ -135,6 +136,12 @@ def _classes(particles: ParticleSet, accepted: NDArray[np.bool_]) -> summaries.C
 
 def _lost(particles: ParticleSet, models: Models, chosen: Chosen) -> Iterator[str]:
     """Say how many good particles are rejected, by the scores and by the model's validation."""
+    if models.adapted:
+        yield (
+            "Not to be told: the model was adapted without labels, so its scores are no "
+            "probabilities."
+        )
+        return
     first = models.members[0]
     clusters, unit = clusters_of(particles)
     lost = summaries.good_lost(chosen.values, chosen.accepted, clusters)
@@ -143,6 +150,8 @@ def _lost(particles: ParticleSet, models: Models, chosen: Chosen) -> Iterator[st
             f"{lost} By the scores, taken as probabilities; an interval is over {unit}s, and knows "
             "nothing of a model that errs on this set."
         )
+        if SIMULATED in first.provenance:
+            yield "They are more: the bundled model rates weak particles low, to keep noise out."
     if len(models) == 1 and CURVE in first.provenance and first.curve.n_positive:
         kept = share_interval(first.curve.recall_at(chosen.threshold), first.curve.n_positive)
         simulated = " simulated" if SIMULATED in first.provenance else ""
@@ -154,7 +163,7 @@ def _lost(particles: ParticleSet, models: Models, chosen: Chosen) -> Iterator[st
 
 
 def _score_notes(
-    options: ScoreOptions,
+    models: Models,
     particles: ParticleSet,
     scores: Scores,
     chosen: Chosen,
@@ -167,7 +176,14 @@ def _score_notes(
         )
     if views is not None and views.cones:
         yield views.warning()
-    if not options.weights:
+    provenance = models.members[0].provenance
+    if models.adapted:
+        yield (
+            "The model was adapted to a set of particles without labels; it would accept "
+            f"{said_of_noise(provenance[NOISE_ACCEPTED])}. Look at both sides of the cut before "
+            "anything is discarded."
+        )
+    elif SIMULATED in provenance:
         yield (
             "The bundled model knows simulated particles and few real ones: look at both sides of "
             "the cut before anything is discarded, and train a model on your own choices."
