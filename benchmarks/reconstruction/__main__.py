@@ -64,25 +64,12 @@ def main() -> None:
 
 def _require_same_settings(path: Path) -> None:
     """Keep what the results of a folder depend on; end where they are of something else."""
-    names = [
-        "MOLECULE",
-        "SIZE",
-        "SNR",
-        "JUNK",
-        "MICROGRAPHS",
-        "PICKS",
-        "SEED",
-        "VIEWS",
-        "PREFERRED",
-        "SMALL",
-        "CLASSES",
-        "ITERATIONS",
-        "CLASSIFY",
-        "ALIGN",
-        "REFINE",
-    ]
-    of = {**vars(picks_module), **vars(arms_module), **vars(refine_module)}
-    settings = {name: of[name] for name in names}
+    settings: dict[str, object] = {
+        name: value
+        for module in (picks_module, arms_module, refine_module)
+        for name, value in vars(module).items()
+        if name.isupper() and isinstance(value, (int, float, str))
+    }
     settings["models"] = [load_model(model).hash for model in (BUNDLED_MODEL, START_MODEL)]
     if path.exists() and json.loads(path.read_text()) != settings:
         sys.exit(f"{path.parent} holds results of other settings ({path.name}): name a new --work.")
