@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # Threads that spin while they wait take the cores from others, on a busy node twentyfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    folder, first, guarded = output_folder(words), True, False
+    folder, first, guarded, code = output_folder(words), True, False, 0
     with _signals(folder) if folder else nullcontext(), _released(folder):
         try:
             if folder is None:
@@ -182,10 +182,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if first:  # it speaks to RELION, the others only if they fail
                 folder.open()
             folder.path.mkdir(parents=True, exist_ok=True)
-            code = _in_child(folder, first) if argv is None else None
-            if code is not None:
-                return code
-            guarded = argv is None
+            if argv is None:
+                ended = _in_child(folder, first)
+                if ended is not None:
+                    return ended
+                guarded = True
             _work(words, folder, first)
         except BaseException as error:
             if isinstance(error, Aborted) and not first:
@@ -193,8 +194,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _report(error, folder, verbose="--verbose" in words)
             if isinstance(error, Terminated) and guarded:
                 os._exit(code)  # the guard would speak for a child whose threads end too late
-            return code
-    return 0
+    if guarded:
+        # Everything is written and said; taking a million objects apart would take a second.
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 @contextmanager
