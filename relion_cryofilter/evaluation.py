@@ -75,7 +75,7 @@ class Evaluation:
         data["confusion"] = [list(row) for row in self.confusion]
         for name in METRICS:
             interval: Interval = getattr(self, name)
-            data[name] = {k: None if isnan(x) else x for k, x in interval._asdict().items()}
+            data[name] = dict(zip(interval._fields, interval.to_list()))
         return data
 
     def summary(self) -> str:

@@ -42,6 +42,10 @@ class Interval(NamedTuple):
         ends = "" if isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]"
         return f"{self.value:.3f}{ends}"
 
+    def to_list(self) -> list[float | None]:
+        """Return value, low and high for JSON; None stands for nan."""
+        return [None if isnan(number) else number for number in self]
+
 
 FEWEST_OF_MIXTURE, MOST_OF_MIXTURE, LEAST_SHARE, APART = 100, 50_000, 0.03, 2.0
 """Particles that a mixture is fitted to; what is asked of its components."""

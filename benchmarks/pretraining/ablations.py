@@ -192,7 +192,8 @@ def main() -> None:
         lines.append(f"| {variant.name} | {figures} | {facts['seconds']:.0f} |")
         print(lines[-1], flush=True)
     head = ["| network | validation, AUC | KLH, AUC | CPU seconds |", "|---|---|---|---|"]
-    about = f"# {__doc__}\nOne seed, {options.images:,.0f} images each.\n\n"
+    about = f"# {__doc__}\nOne seed, {options.images:,.0f} images each. "
+    about += "On KLH, which no network has seen, one seed says little.\n\n"
     write_text(options.out, about + "\n".join([*head, *lines]) + "\n")
 
 

@@ -25,7 +25,6 @@ from relion_cryofilter.files import (
     require_ours,
     write_text,
 )
-from relion_cryofilter.images.bad import check_stacks
 from relion_cryofilter.images.contrast import check_contrast
 from relion_cryofilter.kinds import OF_LABELS
 from relion_cryofilter.locks import one_run
@@ -102,8 +101,6 @@ def filter_particles(
     # Compute: the scores, and who is accepted.
     places.csv.parent.mkdir(parents=True, exist_ok=True)
     if options.adapt:
-        if not how.skip_bad:
-            check_stacks(particles)[1].refuse(how.skipping)
         models = _adapted(models, particles, options, ranks, abort_requested)
     if not options.weights and not models.adapted:
         log.warning(

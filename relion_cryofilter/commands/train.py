@@ -86,7 +86,7 @@ def write_trained(folder: Path, trained: Trained, options: TrainOptions) -> tupl
         model.save(path)
         log.info("Wrote %s (hash %s).", path, model.hash)
 
-    # What an earlier run with other options left; what is a link, or not ours, stays.
+    # What an earlier run with other options left; what is not ours stays.
     for number in range(len(paths) + 1, MOST_MODELS + 1):
         for name in (MODEL, HISTORY, str(Path(HISTORY).with_suffix(".png"))):
             old = folder / numbered(name, number)

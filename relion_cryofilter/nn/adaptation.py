@@ -17,6 +17,7 @@ import torch
 
 from relion_cryofilter.errors import ModelError
 from relion_cryofilter.files import ADAPTING, remove
+from relion_cryofilter.images.bad import check_stacks
 from relion_cryofilter.images.small_images import load_small_images
 from relion_cryofilter.inputs import watching
 from relion_cryofilter.kinds import ThresholdRequest, gpu_numbers
@@ -58,17 +59,21 @@ def adapt(
 
     One that is there stays if it was adapted to these particles, of which there may be more by
     now; while it has seen few, not twice as many. Images that are bad are left out; whether they
-    are an error is for the scoring to say. Beside `path` is the checkpoint from which an
-    adaptation that was stopped is resumed.
+    are an error is for the scoring to say, but of missing ones, which are known beforehand. Beside
+    `path` is the checkpoint from which an adaptation that was stopped is resumed.
 
     Raises
     ------
     Aborted
         `abort_requested` said True; what was at `path` is still there.
+    ImageError
+        Images are missing, without ``--skip_bad``.
     """
     if not options.rescore and _fits(path, particles, bundled):
         log.info("%s was adapted by an earlier run (--rescore adapts anew).", path)
         return
+    if not options.skip_bad:
+        check_stacks(particles)[1].refuse(options.skipping)
     checkpoint = path.with_name(ADAPTING)
     task = _sample(particles, options, path.parent, abort_requested)
     if task is None:
@@ -104,8 +109,7 @@ def _fits(path: Path, particles: ParticleSet, bundled: Models) -> bool:
 
 
 def _key(particles: ParticleSet, bundled: Models) -> Mapping[str, object]:
-    used = (particles.optics[number] for number in np.unique(particles.optics_of).tolist())
-    sizes = sorted({round(group.pixel_size_angstrom or 0, 4) for group in used})
+    sizes = sorted({round(group.pixel_size_angstrom or 0, 4) for group in particles.optics_used})
     return {"particles": particles.source, "by": bundled.hashes, "pixel_sizes_angstrom": sizes}
 
 

@@ -108,11 +108,11 @@ class LabelNoise:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the shares and the reason, for JSON."""
-        ends = (
-            [value if isfinite(value) else None for value in share]
-            for share in (self.junk_among_good, self.good_among_bad)
-        )
-        return dict(zip(("junk_among_good", "good_among_bad"), ends)) | {"reason": self.reason}
+        return {
+            "junk_among_good": self.junk_among_good.to_list(),
+            "good_among_bad": self.good_among_bad.to_list(),
+            "reason": self.reason,
+        }
 
     @classmethod
     def unknown(cls, reason: str) -> LabelNoise:

@@ -94,10 +94,7 @@ def warn_of_a_lax_threshold(
 def estimates_to_keep(found: Evaluation) -> dict[str, list[float | None]]:
     """Return value, low and high of what a model says of its threshold (`ESTIMATE`)."""
     kept = {"recall": found.sensitivity, "precision": found.precision, "auc": found.auc}
-    return {
-        name: [None if np.isnan(value) else value for value in interval]
-        for name, interval in kept.items()
-    }
+    return {name: interval.to_list() for name, interval in kept.items()}
 
 
 def describe_test_part(split: Split, options: MetricsOptions | TrainOptions) -> str:

@@ -423,10 +423,9 @@ class Models:
             sizes = tuple(model.provenance.get("pixel_sizes_angstrom") or ())
             boxes = ", ".join(map(str, model.provenance.get("boxes_px", [])))
             trainings.setdefault((sizes, boxes), []).append(model.hash)
-        used = [particles.optics[number] for number in np.unique(particles.optics_of).tolist()]
         for (trained, boxes), hashes in trainings.items():
             off: dict[str, tuple[float, float]] = {}
-            for group in used:
+            for group in particles.optics_used:
                 size = group.pixel_size_angstrom
                 if size is not None and trained:
                     away, nearest = min((abs(known / size - 1), known) for known in trained)

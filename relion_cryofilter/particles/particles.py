@@ -203,6 +203,11 @@ class ParticleSet:
     def __len__(self) -> int:
         return len(self.stack_of)
 
+    @property
+    def optics_used(self) -> list[OpticsGroup]:
+        """The optics groups that particles are of."""
+        return [self.optics[number] for number in np.unique(self.optics_of).tolist()]
+
     def image_name(self, row: int) -> str:
         """Return the image of `row` as RELION writes it, ``000012@path`` (1-based)."""
         return f"{self.index[row] + 1:06d}@{self.stack_names[self.stack_of[row]]}"

@@ -415,11 +415,11 @@ def pictures_of(
     ]
 
     # How they are shown.
-    groups = [particles.optics[number] for number in np.unique(particles.optics_of[rows])]
-    known = all(group.pixel_size_angstrom for group in groups)
+    shown = particles.take(rows)
+    known = all(group.pixel_size_angstrom for group in shown.optics_used)
     filtered = f"to {LOW_PASS_ANGSTROM:g} Å" if known else "(pixel size unknown)"
     about = f"Low-passed {filtered}, equal contrast; the score is under each."
-    images = read_thumbnails(particles.take(rows), threads)
+    images = read_thumbnails(shown, threads)
     place = {row: number for number, row in enumerate(rows.tolist())}
     galleries = {title: [place[row] for row in found.tolist()] for title, found in rows_of.items()}
     return Pictures(images, values[rows], names, about), galleries
